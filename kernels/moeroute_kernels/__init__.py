@@ -1,0 +1,1 @@
+"""Grouped ops for mixtures of experts and of LoRA."""

@@ -1,0 +1,1 @@
+"""Mixture-of-experts and mixture-of-LoRA layers for PyTorch."""
