@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -67,6 +67,11 @@ class RoutingPass:
         """Close the pass; records stay readable until the next `begin`."""
         self.is_open = False
         self.token_ids = self.token_mask = self.task_ids = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles start with no records: those hold tensors of an autograd graph."""
+        fresh = type(self)(rooted=self.rooted)
+        return fresh.__dict__
 
     def wants(self, *, training: bool, has_losses: bool) -> bool:
         """True if a layer should keep a record now."""

@@ -210,6 +210,7 @@ class Site:
         in_features: Width of the input (the hidden size for a gate, an MLP, a decoder layer).
         out_features: Width of the output.
         parts: Role -> attribute name of submodules, for an MLP: "gate", "up", "down", "act".
+        widths: Role -> (in_features, out_features) of the linears in `parts`.
     """
 
     name: str
@@ -220,6 +221,7 @@ class Site:
     in_features: int
     out_features: int
     parts: Mapping[str, str] = field(default_factory=dict)
+    widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @runtime_checkable

@@ -1,0 +1,123 @@
+"""What all layers that host a router have in common, as functions over them.
+
+A routed layer is any `nn.Module` with the attributes of `RoutedLayer`. Nothing is inherited: the layers
+call `route`, and the functions below find them in a model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from moeroute.losses.total import LossReport, total_loss
+from moeroute.routing_pass import RoutingPass
+from moeroute.types import AuxLoss, RouterOutput, RoutingRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class RoutedLayer(Protocol):
+    """The attributes that make a module a routed layer."""
+
+    router: nn.Module
+    losses: tuple[AuxLoss, ...]
+    routing_pass: RoutingPass
+    site: str
+    layer_index: int
+    training: bool
+
+
+def route(layer: RoutedLayer, hidden_states: Tensor, experts: nn.Module | None) -> RouterOutput:
+    """Ask a layer's router, and keep the record if the layer's pass wants one.
+
+    Args:
+        layer: The layer that asks.
+        hidden_states: (..., H).
+        experts: What the record names as the layer's experts.
+
+    Returns:
+        The routing of the T flattened tokens.
+    """
+    routing_pass = layer.routing_pass
+    router_input = routing_pass.router_input(hidden_states)
+    routing = layer.router(router_input)
+    if routing_pass.wants(training=layer.training, has_losses=bool(layer.losses)):
+        record = RoutingRecord(
+            site=layer.site,
+            layer_index=layer.layer_index,
+            routing=routing,
+            token_mask=router_input.token_mask,
+            router=layer.router,
+            experts=experts,
+            losses=layer.losses,
+        )
+        routing_pass.keep(record)
+    return routing
+
+
+def is_routed_layer(module: nn.Module) -> TypeGuard[RoutedLayer]:
+    """True if the module hosts a router and a routing pass."""
+    return isinstance(module.__dict__.get("routing_pass"), RoutingPass) and "router" in module._modules
+
+
+def routed_layers(model: nn.Module) -> Iterator[tuple[str, RoutedLayer]]:
+    """The routed layers of a model, as (full module name, layer), in module order."""
+    for name, module in model.named_modules():
+        if is_routed_layer(module):
+            yield name, module
+
+
+def name_routed_layers(model: nn.Module) -> None:
+    """Give every routed layer without a site name the name that it has in `model`."""
+    for name, layer in routed_layers(model):
+        layer.site = layer.site or name
+
+
+def routing_passes(model: nn.Module) -> tuple[RoutingPass, ...]:
+    """The distinct routing passes that a model's routed layers write to."""
+    return tuple({id(layer.routing_pass): layer.routing_pass for _, layer in routed_layers(model)}.values())
+
+
+def routers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every router of a model by the full module name of the layer that hosts it."""
+    return {name: layer.router for name, layer in routed_layers(model)}
+
+
+def aux_losses(model: nn.Module) -> LossReport:
+    """The auxiliary losses of the last training forward.
+
+    Reading them tells the model that they are being used; where `labels` were passed to a wrapped
+    model they are in `output.loss` already and must not be added again.
+
+    Args:
+        model: A wrapped model, or any model that holds routed layers.
+
+    Returns:
+        The weighted total, and each loss by name.
+
+    Raises:
+        ValueError: The model holds no routed layer.
+    """
+    passes = routing_passes(model)
+    if not passes:
+        raise ValueError(
+            f"{type(model).__name__} holds no routed layer, so it has no auxiliary losses; build it with "
+            "moeroute layers, or wrap it with moeroute.wrap_model"
+        )
+    return total_loss([record for routing_pass in passes for record in routing_pass.read()])
+
+
+def losses_lost_their_graph(records: tuple[RoutingRecord, ...]) -> bool:
+    """True if a trainable router's logits carry no gradient: reentrant activation checkpointing."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(
+        record.losses
+        and record.router is not None
+        and not record.routing.router_logits.requires_grad
+        and any(parameter.requires_grad for parameter in record.router.parameters())
+        for record in records
+    )

@@ -1,0 +1,78 @@
+"""The table of methods: one row a paper."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, fields
+from typing import Any
+
+from moeroute.methods.mixlora import MixLoRA
+from moeroute.methods.molora import MoLoRA
+from moeroute.types import Method
+
+METHODS: dict[str, type[Method]] = {
+    "mixlora": MixLoRA,
+    "molora": MoLoRA,
+}
+
+
+def list_methods() -> list[str]:
+    """The snake_case names of all methods, sorted."""
+    return sorted(METHODS)
+
+
+def get_method(name: str) -> type[Method]:
+    """The class of a method.
+
+    Args:
+        name: A name that `list_methods` gives.
+
+    Raises:
+        ValueError: No method has this name; the nearest names are given.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; {_nearest(name, list_methods())}")
+    return METHODS[name]
+
+
+def method_name(method: Method) -> str:
+    """The registered name of a method's class.
+
+    Raises:
+        ValueError: The class is not in the table, so that a saved adapter could not name it.
+    """
+    for name, cls in METHODS.items():
+        if type(method) is cls:
+            return name
+    raise ValueError(
+        f"{type(method).__name__} is not a registered method; known: {', '.join(list_methods())}"
+    )
+
+
+def method_fields(method: Method) -> dict[str, Any]:
+    """The hyperparameters of a method as plain data."""
+    return asdict(method)  # type: ignore[call-overload]
+
+
+def build_method(name: str, values: dict[str, Any]) -> Method:
+    """Make a method from its registered name and fields.
+
+    Raises:
+        ValueError: Unknown name or field (the nearest are given), or a field out of range.
+    """
+    cls = get_method(name)
+    known = method_field_names(name)
+    for field in values:
+        if field not in known:
+            raise ValueError(f"{cls.__name__} has no field {field!r}; {_nearest(field, known)}")
+    return cls(**values)
+
+
+def method_field_names(name: str) -> list[str]:
+    """The hyperparameter names of a method."""
+    return [field.name for field in fields(get_method(name))]  # type: ignore[arg-type]
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word.lower(), known, n=3, cutoff=0.4)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
