@@ -1,1 +1,69 @@
-"""Mixture-of-experts and mixture-of-LoRA layers for PyTorch."""
+"""Mixture-of-experts and mixture-of-LoRA layers for PyTorch, PEFT-native, on grouped kernels.
+
+Everything that needs transformers or PEFT is loaded when it is first used, so that the import costs
+about as much as torch itself.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from moeroute import layers as layers
+from moeroute import losses as losses
+from moeroute import routers as routers
+from moeroute.integration import lazy_registration
+from moeroute.layers import MoELayer as MoELayer
+from moeroute.layers.routed import aux_losses as aux_losses
+from moeroute.methods import MixLoRA as MixLoRA
+from moeroute.methods import MoLoRA as MoLoRA
+from moeroute.methods import get_method as get_method
+from moeroute.methods import list_methods as list_methods
+from moeroute.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from moeroute.integration.callback import RoutingCallback as RoutingCallback
+    from moeroute.integration.doctor import doctor as doctor
+    from moeroute.integration.peft_method import MoeRouteConfig as MoeRouteConfig
+    from moeroute.integration.track import track_routing as track_routing
+    from moeroute.integration.wrap import unwrap_model as unwrap_model
+    from moeroute.integration.wrap import wrap_model as wrap_model
+
+__all__ = [
+    "MixLoRA",
+    "MoELayer",
+    "MoLoRA",
+    "MoeRouteConfig",
+    "RoutingCallback",
+    "__version__",
+    "aux_losses",
+    "doctor",
+    "get_method",
+    "layers",
+    "list_methods",
+    "losses",
+    "routers",
+    "track_routing",
+    "unwrap_model",
+    "wrap_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs transformers or PEFT when it is asked for."""
+    module = {
+        "MoeRouteConfig": "peft_method",
+        "RoutingCallback": "callback",
+        "doctor": "doctor",
+        "track_routing": "track",
+        "unwrap_model": "wrap",
+        "wrap_model": "wrap",
+    }.get(name)
+    if module is None:
+        raise AttributeError(f"module 'moeroute' has no attribute {name!r}")
+    value = getattr(import_module(f"moeroute.integration.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+lazy_registration.install()

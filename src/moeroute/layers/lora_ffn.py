@@ -66,8 +66,12 @@ class LoRAFeedForwardMixture(nn.Module):
         routing = route(self, hidden_states, self.banks)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
         act = base.get_submodule(self.parts["act"])
-        projected = {role: self._project(role, base, tokens) for role in ("gate", "up") if role in self.parts}
-        shared = _activate(act, projected)  # (T, I)
+        projected = {
+            role: base.get_submodule(self.parts[role])(hidden_states).flatten(0, -2)
+            for role in ("gate", "up")
+            if role in self.parts
+        }  # (T, I) each
+        shared = _activate(act, projected)
         weights = routing.routing_weights.to(shared.dtype)
         certain = torch.ones_like(routing.routing_weights[:, :1])
         mixed, expert_hidden = shared, []
@@ -79,14 +83,12 @@ class LoRAFeedForwardMixture(nn.Module):
             )
             expert_hidden.append(hidden)
             mixed = mixed + weights[:, slot : slot + 1] * (hidden - shared)
-        out = self._project("down", base, mixed)
+        mixed = mixed.reshape(*hidden_states.shape[:-1], mixed.shape[-1])
+        out = base.get_submodule(self.parts["down"])(mixed).flatten(0, -2)
         for slot, hidden in enumerate(expert_hidden):
             chosen = routing.selected_experts[:, slot : slot + 1]
             out = self.banks["down"](out, hidden, chosen, routing.routing_weights[:, slot : slot + 1])
         return out.reshape(hidden_states.shape)
-
-    def _project(self, role: str, base: nn.Module, x: Tensor) -> Tensor:
-        return base.get_submodule(self.parts[role])(x)
 
 
 def feed_forward(base: nn.Module, parts: Mapping[str, str], x: Tensor) -> Tensor:

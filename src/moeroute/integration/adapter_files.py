@@ -1,0 +1,43 @@
+"""Checks of what an adapter file holds against the model that it is loaded on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moeroute.integration.site_host import SITE_PREFIX
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+SHOWN = 5
+
+
+def check_adapter_keys(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Compare an adapter's tensors with what the model expects of it.
+
+    Args:
+        model: The model with the adapter in place.
+        adapter_name: The adapter's name.
+        state_dict: The file's tensors under the model's names.
+
+    Raises:
+        ValueError: A tensor is missing, unknown, or of another shape; nothing has been loaded yet.
+    """
+    marker = f".{SITE_PREFIX}.{adapter_name}."
+    expected = {key: value.shape for key, value in model.state_dict().items() if marker in key}
+    found = {key: value.shape for key, value in state_dict.items() if f".{SITE_PREFIX}." in key}
+    missing = sorted(expected.keys() - found.keys())
+    unknown = sorted(found.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"the adapter file does not fit adapter {adapter_name!r} of this model: {len(missing)} tensors missing "
+            f"{missing[:SHOWN]}, {len(unknown)} unknown {unknown[:SHOWN]}. It is damaged, or was made for another "
+            "model or config"
+        )
+    other = [key for key, shape in expected.items() if found[key] != shape]
+    if other:
+        key = other[0]
+        raise ValueError(
+            f"{len(other)} tensors of the adapter file have another shape than this model needs, first {key}: "
+            f"file {tuple(found[key])}, model {tuple(expected[key])}. Load it on a base of the shape it was trained on"
+        )

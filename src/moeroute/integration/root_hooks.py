@@ -1,0 +1,128 @@
+"""Hooks on a model's root: they open and close the routing pass, and bring its losses into output.loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeroute.layers.routed import losses_lost_their_graph
+from moeroute.losses.total import total_loss
+from moeroute.routing_pass import RoutingPass
+
+IGNORE_INDEX = -100
+
+
+class OpenPass:
+    """Forward pre-hook of the root."""
+
+    def __init__(self, routing_pass: RoutingPass) -> None:
+        self.routing_pass = routing_pass
+
+    def __call__(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Open the pass with the ids and the padding mask of this call."""
+        token_ids = kwargs.get("input_ids", args[0] if args else None)
+        tokens = token_ids if token_ids is not None else kwargs.get("inputs_embeds")
+        self.routing_pass.begin(
+            token_ids=token_ids if isinstance(token_ids, Tensor) else None,
+            token_mask=token_mask(kwargs.get("attention_mask"), tokens),
+        )
+
+
+class ClosePass:
+    """Forward hook of the root."""
+
+    def __init__(self, routing_pass: RoutingPass) -> None:
+        self.routing_pass = routing_pass
+
+    def __call__(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Close the pass; in training, add the weighted auxiliary losses to the loss.
+
+        Raises:
+            RuntimeError: The losses have no graph, so that routers would silently not learn from them.
+        """
+        self.routing_pass.end()
+        if not (root.training and torch.is_grad_enabled()):
+            return None
+        records = tuple(record for record in self.routing_pass.records.values() if record.losses)
+        if not records:
+            return None
+        if losses_lost_their_graph(records):
+            raise RuntimeError(
+                f"the auxiliary losses of {len(records)} routed layers (first: {records[0].site}) have no gradient: "
+                "reentrant activation checkpointing runs the layers without a graph. Use "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}, or set the loss weights to 0'
+            )
+        loss = read_loss(output)
+        if loss is None:
+            return None
+        total = total_loss(self.routing_pass.read()).total
+        return write_loss(output, loss + (total * loss_share(kwargs)).to(loss))
+
+
+def connect(root: nn.Module) -> RoutingPass:
+    """Put both hooks on the root, once, and return its pass."""
+    for hook in root._forward_pre_hooks.values():
+        if isinstance(hook, OpenPass):
+            return hook.routing_pass
+    routing_pass = RoutingPass(rooted=True)
+    root.register_forward_pre_hook(OpenPass(routing_pass), with_kwargs=True)
+    root.register_forward_hook(ClosePass(routing_pass), with_kwargs=True)
+    return routing_pass
+
+
+def disconnect(root: nn.Module) -> None:
+    """Take both hooks off again."""
+    for hooks, with_kwargs in (
+        (root._forward_pre_hooks, root._forward_pre_hooks_with_kwargs),
+        (root._forward_hooks, root._forward_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, (OpenPass, ClosePass))]:
+            del hooks[key]
+            with_kwargs.pop(key, None)
+
+
+def token_mask(attention_mask: Any, tokens: Tensor | None) -> Tensor | None:
+    """(B, S) bool mask of the tokens of this call; a longer mask (with a cache) is cut to its end."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or tokens is None:
+        return None
+    return attention_mask[:, -tokens.shape[1] :].to(torch.bool)
+
+
+def loss_share(kwargs: dict[str, Any]) -> Tensor | float:
+    """This call's share of the step's tokens: local label tokens / num_items_in_batch.
+
+    Trainer sums the losses of a step's accumulation calls without dividing, because each is already a
+    sum over `num_items_in_batch`; an auxiliary loss that is a mean over the call would count once a call.
+    """
+    num_items = kwargs.get("num_items_in_batch")
+    if num_items is None:
+        return 1.0
+    shifted = kwargs.get("shift_labels")
+    labels = shifted if shifted is not None else kwargs["labels"][..., 1:]
+    counted = (labels != IGNORE_INDEX).sum()
+    if isinstance(num_items, Tensor):
+        return counted / num_items.to(counted.device).clamp(min=1)
+    return counted / max(num_items, 1)
+
+
+def read_loss(output: Any) -> Tensor | None:
+    """The loss of a ModelOutput, a dict or a tuple; None if there is none."""
+    if isinstance(output, dict):
+        return output.get("loss")
+    if isinstance(output, tuple):
+        first = output[0] if output else None
+        return first if isinstance(first, Tensor) and first.ndim == 0 else None
+    return getattr(output, "loss", None)
+
+
+def write_loss(output: Any, loss: Tensor) -> Any:
+    """The output with another loss."""
+    if isinstance(output, dict):
+        output["loss"] = loss
+        return output
+    if isinstance(output, tuple):
+        return (loss, *output[1:])
+    output.loss = loss
+    return output

@@ -1,0 +1,209 @@
+"""Finds the places in a host model where a method can stand."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from moeroute.layers.lora_ffn import feed_forward
+from moeroute.types import Site, SiteKind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+NEAREST = 10
+TOLERANCE = 0.02
+
+MLP_PARTS: tuple[dict[str, str], ...] = (
+    {"gate": "gate_proj", "up": "up_proj", "down": "down_proj", "act": "act_fn"},
+    {"gate": "w1", "up": "w3", "down": "w2", "act": "act_fn"},
+    {"up": "fc1", "down": "fc2", "act": "activation_fn"},
+    {"up": "fc1", "down": "fc2", "act": "act_fn"},
+    {"up": "up_proj", "down": "down_proj", "act": "act_fn"},
+    {"up": "c_fc", "down": "c_proj", "act": "act"},
+    {"up": "dense_h_to_4h", "down": "dense_4h_to_h", "act": "act"},
+)
+
+
+def linear_widths(module: nn.Module) -> tuple[int, int] | None:
+    """(in_features, out_features) of a linear, quantised or not; None for anything else."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    if isinstance(sizes[0], int) and isinstance(sizes[1], int):
+        return sizes[0], sizes[1]
+    return None
+
+
+def mlp_parts(module: nn.Module) -> Mapping[str, str] | None:
+    """Role -> attribute name if the module is a feed-forward block of linears, else None."""
+    for parts in MLP_PARTS:
+        children = {role: getattr(module, name, None) for role, name in parts.items()}
+        act = children.pop("act")
+        linears = all(isinstance(child, nn.Module) and linear_widths(child) for child in children.values())
+        if linears and isinstance(act, nn.Module):
+            return parts
+    return None
+
+
+def make_site(model: nn.Module, name: str, module: nn.Module, kind: SiteKind) -> Site | None:
+    """Describe one module as a site of this kind; None if it is no such thing."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    parts = mlp_parts(base) if kind == "mlp" else {}
+    if parts is None:
+        return None
+    widths = {
+        role: sizes
+        for role, attribute in parts.items()
+        if role != "act" and (sizes := linear_widths(base.get_submodule(attribute)))
+    }
+    own = linear_widths(base) if kind == "linear" else (widths["up"][0], widths["down"][1])
+    if own is None:
+        return None
+    return Site(
+        name=name,
+        kind=kind,
+        module=base,
+        layer_index=_layer_index(name),
+        num_layers=getattr(getattr(model, "config", None), "num_hidden_layers", None) or 0,
+        in_features=own[0],
+        out_features=own[1],
+        parts=parts,
+        widths=widths,
+    )
+
+
+def find_sites(model: nn.Module, kind: SiteKind) -> list[Site]:
+    """Every place of this kind, in module order, outside other adapters and the output embedding."""
+    head = _output_embedding(model)
+    hosts = [name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    sites = []
+    for name, module in model.named_modules():
+        if not name or module is head or name.startswith(tuple(hosts)):
+            continue
+        site = make_site(model, name, module, kind)
+        if site is not None:
+            sites.append(site)
+    return sites
+
+
+def default_targets(model: nn.Module, kind: SiteKind) -> set[str]:
+    """`target_modules` that match exactly the sites of a kind: their last name parts if these suffice.
+
+    Raises:
+        ValueError: The model has no such place.
+    """
+    names = [site.name for site in find_sites(model, kind)]
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} has no {kind} site that moeroute knows; pass target_modules by name. "
+            f"{_describe_kind(kind)}"
+        )
+    suffixes = {name.rpartition(".")[2] for name in names}
+    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in suffixes}
+    return suffixes if matched == set(names) else set(names)
+
+
+def check_targets(
+    model: nn.Module, kind: SiteKind, targets: str | Iterable[str], is_target: Callable[[str], bool]
+) -> list[Site]:
+    """The sites that were asked for.
+
+    Raises:
+        ValueError: Nothing matched, one entry of a list matched nothing, or a match is of another kind.
+    """
+    names = [name for name, _ in model.named_modules() if name and is_target(name)]
+    entries = [targets] if isinstance(targets, str) else sorted(targets)
+    if not names:
+        raise ValueError(_no_match(model, kind, entries))
+    if not isinstance(targets, str):
+        reachable = [name for name, _ in model.named_modules()]
+        idle = [entry for entry in entries if not _any_ends_with(reachable, entry)]
+        if idle:
+            raise ValueError(_no_match(model, kind, idle))
+    sites = []
+    for name in names:
+        module = model.get_submodule(name)
+        site = make_site(model, name, module, kind)
+        if site is None:
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, not a {kind} site; {_describe_kind(kind)}. "
+                "Change target_modules or exclude_modules"
+            )
+        sites.append(site)
+    return sites
+
+
+def check_feed_forward(sites: Sequence[Site]) -> None:
+    """Make sure that a block's own forward is what its parts say, once a class.
+
+    Raises:
+        ValueError: A class does something else, so that a fresh mixture would not equal the base.
+    """
+    seen: set[type[nn.Module]] = set()
+    for site in sites:
+        weight = next(site.module.parameters(), None)
+        if type(site.module) in seen or weight is None or weight.device.type == "meta":
+            continue
+        seen.add(type(site.module))
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        probe = torch.linspace(-1, 1, 2 * site.in_features, device=weight.device, dtype=dtype)
+        probe = probe.view(1, 2, site.in_features)
+        was_training = site.module.training
+        site.module.eval()
+        with torch.no_grad():
+            expected, ours = site.module(probe), feed_forward(site.module, site.parts, probe)
+        site.module.train(was_training)
+        if not isinstance(expected, torch.Tensor) or (expected - ours).norm() > TOLERANCE * expected.norm():
+            raise ValueError(
+                f"{site.name}: {type(site.module).__name__} does not compute act(gate(x)) * up(x) and down; "
+                "a mixture over it would not start from the base model. Leave it out of target_modules"
+            )
+
+
+def with_module(site: Site, module: nn.Module) -> Site:
+    """The same site holding another module."""
+    return replace(site, module=module)
+
+
+def _layer_index(name: str) -> int:
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(found.group(1)) if found else -1
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if getter is not None else None
+
+
+def _any_ends_with(names: list[str], entry: str) -> bool:
+    return any(name == entry or name.endswith("." + entry) for name in names)
+
+
+def _no_match(model: nn.Module, kind: SiteKind, entries: list[str]) -> str:
+    known = [site.name for site in find_sites(model, kind)]
+    words = list(dict.fromkeys([*(name.rpartition(".")[2] for name in known), *known]))
+    ranked = sorted(words, key=lambda word: -max(_likeness(entry, word) for entry in entries))
+    nearest = ", ".join(ranked[:NEAREST]) or "none"
+    return (
+        f"target_modules={entries} match no module of {type(model).__name__}; nothing would be adapted. "
+        f"Nearest {kind} sites: {nearest}"
+    )
+
+
+def _likeness(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+def _describe_kind(kind: SiteKind) -> str:
+    if kind == "mlp":
+        known = "; ".join("/".join(parts.values()) for parts in MLP_PARTS)
+        return f"a feed-forward block holds linears and an activation named as one of: {known}"
+    return "a linear has in_features and out_features"

@@ -1,0 +1,105 @@
+"""The front door: wrap a checkpoint, and unwrap it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from moeroute.integration.peft_method import MoeRouteConfig
+from moeroute.integration.root_hooks import disconnect
+from moeroute.integration.site_host import SiteHost
+from moeroute.methods.registry import build_method, method_field_names
+
+if TYPE_CHECKING:
+    from moeroute.types import Method
+
+
+def wrap_model(
+    model: nn.Module, method: Method | str, *, adapter_name: str = "default", **peft_fields: Any
+) -> PeftModel:
+    """Add a method's trainable parts to a frozen checkpoint, as a PEFT adapter.
+
+    `wrap_model(model, MixLoRA(r=8), target_modules=...)` equals
+    `peft.get_peft_model(model, MoeRouteConfig(method=MixLoRA(r=8), target_modules=...))`.
+
+    Args:
+        model: A transformers model, or a model that moeroute has wrapped (the adapter is added to it).
+        method: A method, or the name of one; with a name its fields may be given beside PEFT's.
+        adapter_name: The adapter's name.
+        **peft_fields: Fields of `MoeRouteConfig`, such as target_modules and task_type.
+
+    Returns:
+        The PeftModel. Its `save_pretrained`, `disable_adapter` and so on are PEFT's.
+
+    Raises:
+        ValueError: Unknown method or field, no target matched, the model carries a foreign adapter, or
+            the adapter's name is taken. The model is unchanged then.
+    """
+    if isinstance(method, str):
+        known = method_field_names(method)
+        values = {name: peft_fields.pop(name) for name in list(peft_fields) if name in known}
+        method = build_method(method, values)
+    config = _make_config(method, peft_fields)
+    if isinstance(model, PeftModel):
+        return _add_to_wrapped(model, config, adapter_name)
+    foreign = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if foreign:
+        raise ValueError(
+            f"{type(model).__name__} carries an adapter already, at {foreign[0]}; unwrap it first "
+            "(moeroute.unwrap_model, or unload() of the PeftModel that made it)"
+        )
+    return get_peft_model(model, config, adapter_name=adapter_name)  # type: ignore[return-value]
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The base model back: its own modules in their places, adapters and hooks dropped.
+
+    The base's parameters stay frozen, as with PEFT's `unload`; call `requires_grad_(True)` to train them.
+
+    Args:
+        model: What `wrap_model` returned, or a model on which transformers loaded an adapter.
+
+    Raises:
+        ValueError: The model is not wrapped.
+    """
+    if not any(isinstance(module, SiteHost) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} is not wrapped by moeroute; nothing to undo")
+    if isinstance(model, PeftModel):
+        return model.unload()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SiteHost):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.base_layer)
+    disconnect(model)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    if hasattr(model, "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = False
+    return model
+
+
+def _make_config(method: Method, peft_fields: dict[str, Any]) -> MoeRouteConfig:
+    known = MoeRouteConfig.__dataclass_fields__.keys()
+    unknown = [name for name in peft_fields if name not in known]
+    if unknown:
+        raise ValueError(
+            f"unknown field {unknown[0]!r}: neither of {type(method).__name__} nor of MoeRouteConfig "
+            f"({', '.join(sorted(known))}). Fields of the method belong into {type(method).__name__}(...)"
+        )
+    return MoeRouteConfig(method=method, **peft_fields)
+
+
+def _add_to_wrapped(model: PeftModel, config: MoeRouteConfig, adapter_name: str) -> PeftModel:
+    if not all(isinstance(found, MoeRouteConfig) for found in model.peft_config.values()):
+        kinds = sorted({str(found.peft_type) for found in model.peft_config.values()})
+        raise ValueError(f"the model is wrapped by PEFT with {kinds}; moeroute adapters cannot share it. Unload it first")
+    if adapter_name in model.peft_config:
+        raise ValueError(
+            f"the model is wrapped already and has an adapter {adapter_name!r}; pass another adapter_name to add one, "
+            "or moeroute.unwrap_model(model) to start over"
+        )
+    model.add_adapter(adapter_name, config)
+    return model
