@@ -1,9 +1,10 @@
 """What one forward pass remembers: one record a routed layer, with one owner.
 
-A `RoutingPass` is shared by reference by the routed layers of a model. With hooks on the model's root
-it is opened before each forward and closed after it, so a recomputation under activation checkpointing
-(which happens in the backward pass, when the pass is closed) cannot count a layer twice. A layer used
-on its own holds a pass of its own that is always open and that its next forward overwrites.
+A `RoutingPass` is shared by reference by the routed layers of a model. With hooks on the model's
+root it is opened before each forward and closed after it, so a recomputation under activation
+checkpointing (which happens in the backward pass, when the pass is closed) cannot count a layer
+twice. A layer used on its own holds a pass of its own that is always open and that its next forward
+overwrites.
 """
 
 from __future__ import annotations
@@ -53,8 +54,10 @@ class RoutingPass:
         """Open the pass for one forward: token_ids and token_mask are (B, S), task_ids is (B,)."""
         if self._unread_losses:
             warnings.warn(
-                f"The auxiliary losses of {len(self.records)} routed layers reached no loss: the last "
-                "training forward returned no `loss` and nobody asked for them. Pass `labels` to the "
+                f"The auxiliary losses of {len(self.records)} routed layers reached no loss: the "
+                "last "
+                "training forward returned no `loss` and nobody asked for them. Pass `labels` to "
+                "the "
                 "model, or add `moeroute.aux_losses(model).total` to your loss.",
                 stacklevel=2,
             )
@@ -120,7 +123,7 @@ class RoutingPass:
 
 
 def _flat(side_input: Tensor | None, count: int) -> Tensor | None:
-    """Flatten (B, S) to (T,) if it speaks of these T tokens, else None (a sub-batch, a packed call)."""
+    """Flatten (B, S) to (T,) if it speaks of these T tokens, else None (a sub-batch)."""
     if side_input is None or side_input.numel() != count:
         return None
     return side_input.reshape(-1)

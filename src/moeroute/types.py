@@ -39,7 +39,8 @@ class RouterInput:
         """Check ranks and sizes; nothing here reads device memory."""
         if self.hidden_states.ndim != 2:
             raise ValueError(
-                f"hidden_states has shape {tuple(self.hidden_states.shape)}; a router takes (T, H), "
+                f"hidden_states has shape {tuple(self.hidden_states.shape)}; a router takes (T, "
+                "H), "
                 "so flatten the batch and sequence axes first"
             )
         batch, length = self.sequence_shape
@@ -73,7 +74,9 @@ class RouterOutput:
         for name in ("router_logits", "routing_weights"):
             tensor = getattr(self, name)
             if tensor.dtype not in (torch.float32, torch.float64):
-                raise ValueError(f"{name} is {tensor.dtype}; routers answer in float32 (or float64)")
+                raise ValueError(
+                    f"{name} is {tensor.dtype}; routers answer in float32 (or float64)"
+                )
         if self.selected_experts.dtype != torch.int64:
             raise ValueError(f"selected_experts is {self.selected_experts.dtype}; use int64")
         if self.routing_weights.shape != self.selected_experts.shape:
@@ -101,8 +104,8 @@ class DispatchPlan:
         token_index: (N,) int64, which token each sorted row came from.
         slot_index: (N,) int64, which flat (t, k) slot each sorted row came from.
         row_index: (N,) int64, the inverse: which sorted row each flat slot went to.
-        expert_offsets: (E,) int32 inclusive ends; rows from expert_offsets[-1] on are empty slots and
-            must never be read.
+        expert_offsets: (E,) int32 inclusive ends; rows from expert_offsets[-1] on are empty slots
+            and must never be read.
     """
 
     token_index: Tensor

@@ -1,1 +1,1 @@
-"""The only folder that knows transformers and PEFT. Nothing is imported here, so that `import moeroute` stays light."""
+"""The only folder that knows transformers and PEFT; it imports nothing by itself."""

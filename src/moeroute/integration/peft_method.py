@@ -14,7 +14,12 @@ from torch import nn
 from moeroute.integration.adapter_files import check_adapter_keys
 from moeroute.integration.root_hooks import connect, disconnect
 from moeroute.integration.site_host import MERGE_IS_UNDEFINED, SITE_PREFIX, SiteHost
-from moeroute.integration.sites import check_feed_forward, check_targets, default_targets, find_sites
+from moeroute.integration.sites import (
+    check_feed_forward,
+    check_targets,
+    default_targets,
+    find_sites,
+)
 from moeroute.methods.registry import build_method, method_fields, method_name
 from moeroute.types import Method, Site
 from moeroute.version import __version__
@@ -38,7 +43,9 @@ def extend_peft_type(name: str) -> PeftType:
     PeftType._value2member_map_[name] = member
     PeftType._member_names_.append(name)
     if PeftType(name) is not member or PeftType[name] is not member or name not in list(PeftType):
-        raise RuntimeError(f"could not add {name} to peft.PeftType on this version of Python; please report this")
+        raise RuntimeError(
+            f"could not add {name} to peft.PeftType on this version of Python; please report this"
+        )
     return member
 
 
@@ -52,8 +59,8 @@ class MoeRouteConfig(PeftConfig):
     Args:
         method: A registered name, or a method itself (then method_fields is read off it).
         method_fields: The method's hyperparameters by name.
-        target_modules: As in PEFT: a regular expression, a list of name endings, or "all-linear" for
-            methods on linears. None takes every place of the method's kind.
+        target_modules: As in PEFT: a regular expression, a list of name endings, or "all-linear"
+            for methods on linears. None takes every place of the method's kind.
         exclude_modules: As in PEFT, names to leave out.
         layers_to_transform: As in PEFT, layer indices to keep to.
         layers_pattern: As in PEFT, the name of the layer list.
@@ -105,7 +112,9 @@ class MoeRouteModel(BaseTuner):
         """Call the model as a module, so that the hooks on its root run."""
         return self.model(*args, **kwargs)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Add an adapter to the model."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         connect(model)
@@ -140,7 +149,9 @@ class MoeRouteModel(BaseTuner):
             model,
             method.site_kind,
             config.target_modules or (),
-            lambda name: bool(check_target_module_exists(config, name)) and not _inside_host(model, name),
+            lambda name: (
+                bool(check_target_module_exists(config, name)) and not _inside_host(model, name)
+            ),
         )
         if method.site_kind == "mlp":
             check_feed_forward(sites)
@@ -159,7 +170,9 @@ class MoeRouteModel(BaseTuner):
     ) -> None:
         module = self._planned.pop(current_key, None)
         if module is None:
-            raise ValueError(f"the adapter's file names {current_key}, which target_modules do not match")
+            raise ValueError(
+                f"the adapter's file names {current_key}, which target_modules do not match"
+            )
         if isinstance(target, SiteHost):
             target.add(adapter_name, module)
             return
@@ -167,14 +180,19 @@ class MoeRouteModel(BaseTuner):
         host.add(adapter_name, module)
         self._replace_module(parent, target_name, host, target)
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
         new_module.train(child.training)
         setattr(parent, child_name, new_module)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         for name in ("adapter_names", "alora_offsets"):
             if kwargs.get(name) is not None:
-                raise ValueError(f"{name} is not supported by moeroute adapters; activate one with set_adapter(name)")
+                raise ValueError(
+                    f"{name} is not supported by moeroute adapters; activate one with "
+                    "set_adapter(name)"
+                )
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     @classmethod
@@ -183,9 +201,15 @@ class MoeRouteModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
         check_adapter_keys(model, adapter_name, remapped)
         return remapped
 
@@ -199,7 +223,8 @@ def _own_config(config: PeftConfig) -> MoeRouteConfig:
 def _inside_host(model: nn.Module, name: str) -> bool:
     parents = name.split(".")
     return any(
-        isinstance(model.get_submodule(".".join(parents[:depth])), SiteHost) for depth in range(1, len(parents))
+        isinstance(model.get_submodule(".".join(parents[:depth])), SiteHost)
+        for depth in range(1, len(parents))
     )
 
 
@@ -208,4 +233,6 @@ def sites_of(model: nn.Module, method: Method) -> list[Site]:
     return find_sites(model, method.site_kind)
 
 
-register_peft_method(name=METHOD_NAME, config_cls=MoeRouteConfig, model_cls=MoeRouteModel, prefix=SITE_PREFIX)
+register_peft_method(
+    name=METHOD_NAME, config_cls=MoeRouteConfig, model_cls=MoeRouteModel, prefix=SITE_PREFIX
+)

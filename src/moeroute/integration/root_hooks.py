@@ -1,4 +1,4 @@
-"""Hooks on a model's root: they open and close the routing pass, and bring its losses into output.loss."""
+"""Hooks on a model's root: they open and close the pass, and bring its losses into output.loss."""
 
 from __future__ import annotations
 
@@ -36,11 +36,14 @@ class ClosePass:
     def __init__(self, routing_pass: RoutingPass) -> None:
         self.routing_pass = routing_pass
 
-    def __call__(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def __call__(
+        self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         """Close the pass; in training, add the weighted auxiliary losses to the loss.
 
         Raises:
-            RuntimeError: The losses have no graph, so that routers would silently not learn from them.
+            RuntimeError: The losses have no graph, so that routers would silently not learn from
+                them.
         """
         self.routing_pass.end()
         if not (root.training and torch.is_grad_enabled()):
@@ -50,9 +53,11 @@ class ClosePass:
             return None
         if losses_lost_their_graph(records):
             raise RuntimeError(
-                f"the auxiliary losses of {len(records)} routed layers (first: {records[0].site}) have no gradient: "
+                f"the auxiliary losses of {len(records)} routed layers (first: {records[0].site}) "
+                "have no gradient: "
                 "reentrant activation checkpointing runs the layers without a graph. Use "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}, or set the loss weights to 0'
+                'gradient_checkpointing_kwargs={"use_reentrant": False}, or set the loss weights '
+                "to 0"
             )
         loss = read_loss(output)
         if loss is None:
@@ -84,7 +89,7 @@ def disconnect(root: nn.Module) -> None:
 
 
 def token_mask(attention_mask: Any, tokens: Tensor | None) -> Tensor | None:
-    """(B, S) bool mask of the tokens of this call; a longer mask (with a cache) is cut to its end."""
+    """(B, S) bool mask of this call's tokens; a longer one (with a cache) is cut to its end."""
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or tokens is None:
         return None
     return attention_mask[:, -tokens.shape[1] :].to(torch.bool)
@@ -93,8 +98,9 @@ def token_mask(attention_mask: Any, tokens: Tensor | None) -> Tensor | None:
 def loss_share(kwargs: dict[str, Any]) -> Tensor | float:
     """This call's share of the step's tokens: local label tokens / num_items_in_batch.
 
-    Trainer sums the losses of a step's accumulation calls without dividing, because each is already a
-    sum over `num_items_in_batch`; an auxiliary loss that is a mean over the call would count once a call.
+    Trainer sums the losses of a step's accumulation calls without dividing, because each is already
+    a sum over `num_items_in_batch`; an auxiliary loss that is a mean over the call would count once
+    a call.
     """
     num_items = kwargs.get("num_items_in_batch")
     if num_items is None:

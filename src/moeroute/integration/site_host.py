@@ -1,4 +1,4 @@
-"""The one PEFT layer of moeroute: a frozen base module and, by adapter name, what a method built for it."""
+"""The one PEFT layer of moeroute: a frozen base and, by adapter name, what a method built for it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SITE_PREFIX = "moeroute_site"
 class SiteHost(nn.Module, BaseTunerLayer):
     """Stands in a targeted module's place and lets the active adapter answer for it.
 
-    A parameter of adapter NAME is called `<module>.moeroute_site.NAME.<parameter>`, which is what PEFT
-    and transformers expect: one component bears the prefix and the adapter's name follows it.
+    A parameter of adapter NAME is called `<module>.moeroute_site.NAME.<parameter>`, which is what
+    PEFT and transformers expect: one component bears the prefix and the adapter's name follows it.
 
     Args:
         base_layer: The frozen module that stood here.
@@ -47,7 +47,11 @@ class SiteHost(nn.Module, BaseTunerLayer):
         self.moeroute_site[adapter_name] = module
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+    def set_adapter(
+        self,
+        adapter_names: str | list[str],
+        inference_mode: bool = False,  # noqa: FBT001
+    ) -> None:
         """Make one adapter active; several at once are undefined for a mixture.
 
         Raises:
@@ -82,13 +86,18 @@ class SiteHost(nn.Module, BaseTunerLayer):
             return self.base_layer(hidden_states, *args, **kwargs)
         if args or kwargs:
             raise TypeError(
-                f"{type(self.base_layer).__name__} is called with {len(args) + 1} positional arguments and "
+                f"{type(self.base_layer).__name__} is called with {len(args) + 1} positional "
+                "arguments and "
                 f"keywords {sorted(kwargs)}; a mixture answers for modules of one tensor only. "
                 "Leave this module out of target_modules"
             )
         return module(hidden_states, self.base_layer)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(
+        self,
+        safe_merge: bool = False,  # noqa: FBT001
+        adapter_names: list[str] | None = None,
+    ) -> None:
         """Refuse: a mixture has no single weight matrix.
 
         Raises:
@@ -109,7 +118,8 @@ class SiteHost(nn.Module, BaseTunerLayer):
 
 
 MERGE_IS_UNDEFINED = (
-    "merging is undefined for a mixture whose weights depend on the token: no single matrix equals it. "
+    "merging is undefined for a mixture whose weights depend on the token: no single matrix equals "
+    "it. "
     "Keep the adapter (save_pretrained, PeftModel.from_pretrained), or drop it with "
     "moeroute.unwrap_model(model) to get the base model back"
 )

@@ -47,7 +47,9 @@ def mlp_parts(module: nn.Module) -> Mapping[str, str] | None:
     for parts in MLP_PARTS:
         children = {role: getattr(module, name, None) for role, name in parts.items()}
         act = children.pop("act")
-        linears = all(isinstance(child, nn.Module) and linear_widths(child) for child in children.values())
+        linears = all(
+            isinstance(child, nn.Module) and linear_widths(child) for child in children.values()
+        )
         if linears and isinstance(act, nn.Module):
             return parts
     return None
@@ -81,9 +83,11 @@ def make_site(model: nn.Module, name: str, module: nn.Module, kind: SiteKind) ->
 
 
 def find_sites(model: nn.Module, kind: SiteKind) -> list[Site]:
-    """Every place of this kind, in module order, outside other adapters and the output embedding."""
+    """Every place of this kind, in module order, outside adapters and the output embedding."""
     head = _output_embedding(model)
-    hosts = [name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    hosts = [
+        name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+    ]
     sites = []
     for name, module in model.named_modules():
         if not name or module is head or name.startswith(tuple(hosts)):
@@ -95,7 +99,7 @@ def find_sites(model: nn.Module, kind: SiteKind) -> list[Site]:
 
 
 def default_targets(model: nn.Module, kind: SiteKind) -> set[str]:
-    """`target_modules` that match exactly the sites of a kind: their last name parts if these suffice.
+    """`target_modules` that match exactly the sites of a kind, by their last name parts if possible.
 
     Raises:
         ValueError: The model has no such place.
@@ -103,7 +107,8 @@ def default_targets(model: nn.Module, kind: SiteKind) -> set[str]:
     names = [site.name for site in find_sites(model, kind)]
     if not names:
         raise ValueError(
-            f"{type(model).__name__} has no {kind} site that moeroute knows; pass target_modules by name. "
+            f"{type(model).__name__} has no {kind} site that moeroute knows; pass target_modules "
+            "by name. "
             f"{_describe_kind(kind)}"
         )
     suffixes = {name.rpartition(".")[2] for name in names}
@@ -117,7 +122,8 @@ def check_targets(
     """The sites that were asked for.
 
     Raises:
-        ValueError: Nothing matched, one entry of a list matched nothing, or a match is of another kind.
+        ValueError: Nothing matched, one entry of a list matched nothing, or a match is of another
+            kind.
     """
     names = [name for name, _ in model.named_modules() if name and is_target(name)]
     entries = [targets] if isinstance(targets, str) else sorted(targets)
@@ -161,10 +167,15 @@ def check_feed_forward(sites: Sequence[Site]) -> None:
         with torch.no_grad():
             expected, ours = site.module(probe), feed_forward(site.module, site.parts, probe)
         site.module.train(was_training)
-        if not isinstance(expected, torch.Tensor) or (expected - ours).norm() > TOLERANCE * expected.norm():
+        if (
+            not isinstance(expected, torch.Tensor)
+            or (expected - ours).norm() > TOLERANCE * expected.norm()
+        ):
             raise ValueError(
-                f"{site.name}: {type(site.module).__name__} does not compute act(gate(x)) * up(x) and down; "
-                "a mixture over it would not start from the base model. Leave it out of target_modules"
+                f"{site.name}: {type(site.module).__name__} does not compute act(gate(x)) * up(x) "
+                "and down; "
+                "a mixture over it would not start from the base model. Leave it out of "
+                "target_modules"
             )
 
 
@@ -193,7 +204,8 @@ def _no_match(model: nn.Module, kind: SiteKind, entries: list[str]) -> str:
     ranked = sorted(words, key=lambda word: -max(_likeness(entry, word) for entry in entries))
     nearest = ", ".join(ranked[:NEAREST]) or "none"
     return (
-        f"target_modules={entries} match no module of {type(model).__name__}; nothing would be adapted. "
+        f"target_modules={entries} match no module of {type(model).__name__}; nothing would be "
+        "adapted. "
         f"Nearest {kind} sites: {nearest}"
     )
 

@@ -26,7 +26,8 @@ def wrap_model(
     `peft.get_peft_model(model, MoeRouteConfig(method=MixLoRA(r=8), target_modules=...))`.
 
     Args:
-        model: A transformers model, or a model that moeroute has wrapped (the adapter is added to it).
+        model: A transformers model, or a model that moeroute has wrapped (the adapter is added to
+            it).
         method: A method, or the name of one; with a name its fields may be given beside PEFT's.
         adapter_name: The adapter's name.
         **peft_fields: Fields of `MoeRouteConfig`, such as target_modules and task_type.
@@ -35,8 +36,8 @@ def wrap_model(
         The PeftModel. Its `save_pretrained`, `disable_adapter` and so on are PEFT's.
 
     Raises:
-        ValueError: Unknown method or field, no target matched, the model carries a foreign adapter, or
-            the adapter's name is taken. The model is unchanged then.
+        ValueError: Unknown method or field, no target matched, the model carries a foreign adapter,
+            or the adapter's name is taken. The model is unchanged then.
     """
     if isinstance(method, str):
         known = method_field_names(method)
@@ -57,7 +58,8 @@ def wrap_model(
 def unwrap_model(model: nn.Module) -> nn.Module:
     """The base model back: its own modules in their places, adapters and hooks dropped.
 
-    The base's parameters stay frozen, as with PEFT's `unload`; call `requires_grad_(True)` to train them.
+    The base's parameters stay frozen, as with PEFT's `unload`; call `requires_grad_(True)` to train
+    them.
 
     Args:
         model: What `wrap_model` returned, or a model on which transformers loaded an adapter.
@@ -86,8 +88,10 @@ def _make_config(method: Method, peft_fields: dict[str, Any]) -> MoeRouteConfig:
     unknown = [name for name in peft_fields if name not in known]
     if unknown:
         raise ValueError(
-            f"unknown field {unknown[0]!r}: neither of {type(method).__name__} nor of MoeRouteConfig "
-            f"({', '.join(sorted(known))}). Fields of the method belong into {type(method).__name__}(...)"
+            f"unknown field {unknown[0]!r}: neither of {type(method).__name__} nor of "
+            "MoeRouteConfig "
+            f"({', '.join(sorted(known))}). Fields of the method belong into "
+            f"{type(method).__name__}(...)"
         )
     return MoeRouteConfig(method=method, **peft_fields)
 
@@ -95,10 +99,14 @@ def _make_config(method: Method, peft_fields: dict[str, Any]) -> MoeRouteConfig:
 def _add_to_wrapped(model: PeftModel, config: MoeRouteConfig, adapter_name: str) -> PeftModel:
     if not all(isinstance(found, MoeRouteConfig) for found in model.peft_config.values()):
         kinds = sorted({str(found.peft_type) for found in model.peft_config.values()})
-        raise ValueError(f"the model is wrapped by PEFT with {kinds}; moeroute adapters cannot share it. Unload it first")
+        raise ValueError(
+            f"the model is wrapped by PEFT with {kinds}; moeroute adapters cannot share it. Unload "
+            "it first"
+        )
     if adapter_name in model.peft_config:
         raise ValueError(
-            f"the model is wrapped already and has an adapter {adapter_name!r}; pass another adapter_name to add one, "
+            f"the model is wrapped already and has an adapter {adapter_name!r}; pass another "
+            "adapter_name to add one, "
             "or moeroute.unwrap_model(model) to start over"
         )
     model.add_adapter(adapter_name, config)

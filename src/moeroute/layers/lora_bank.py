@@ -15,9 +15,9 @@ class LoRABank(nn.Module):
 
         y = base + scaling * sum_k w_k B_{e_k} A_{e_k} x
 
-    Expert e owns rows e*r to (e+1)*r of `lora_a` and the same columns of `lora_b`, so an expert's slice
-    is an ordinary LoRA weight pair. With `lora_b` at zero, as after construction, y equals base bit for
-    bit.
+    Expert e owns rows e*r to (e+1)*r of `lora_a` and the same columns of `lora_b`, so an expert's
+    slice is an ordinary LoRA weight pair. With `lora_b` at zero, as after construction, y equals
+    base bit for bit.
 
     Args:
         num_experts: E, at least 1.
@@ -61,7 +61,9 @@ class LoRABank(nn.Module):
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         nn.init.zeros_(self.lora_b)
 
-    def forward(self, base: Tensor, x: Tensor, selected_experts: Tensor, routing_weights: Tensor) -> Tensor:
+    def forward(
+        self, base: Tensor, x: Tensor, selected_experts: Tensor, routing_weights: Tensor
+    ) -> Tensor:
         """Add the gated experts to the base output.
 
         Args:
@@ -75,7 +77,9 @@ class LoRABank(nn.Module):
         """
         lora_a = self.lora_a.unflatten(0, (self.num_experts, self.r))  # (E, R, I)
         lora_b = self.lora_b.unflatten(1, (self.num_experts, self.r))  # (O, E, R)
-        return gated_lora(base, self.dropout(x), lora_a, lora_b, selected_experts, routing_weights, self.scaling)
+        return gated_lora(
+            base, self.dropout(x), lora_a, lora_b, selected_experts, routing_weights, self.scaling
+        )
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""

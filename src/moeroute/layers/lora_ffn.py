@@ -22,17 +22,18 @@ class LoRAFeedForwardMixture(nn.Module):
         h_e = act(W1 x + D1_e x) * (W3 x + D3_e x)
         y   = sum_k w_k (W2 h_{e_k} + D2_{e_k} h_{e_k}),  D = scaling * B A
 
-    Computed in a cheaper form that is equal wherever a token's weights sum to 1 (the router must be a
-    normalising one): with h the frozen block's own hidden activation,
+    Computed in a cheaper form that is equal wherever a token's weights sum to 1 (the router must be
+    a normalising one): with h the frozen block's own hidden activation,
 
         y = W2 (h + sum_k w_k (h_{e_k} - h)) + sum_k w_k D2_{e_k} h_{e_k}
 
-    so W1, W2 and W3 run once a token instead of once a slot, and with every B at zero y equals the frozen
-    block bit for bit.
+    so W1, W2 and W3 run once a token instead of once a slot, and with every B at zero y equals the
+    frozen block bit for bit.
 
     Args:
         router: A `moeroute.types.Router` over the block's input whose weights sum to 1.
-        banks: Role -> `LoRABank` for the roles "gate" (absent in an ungated block), "up" and "down".
+        banks: Role -> `LoRABank` for the roles "gate" (absent in an ungated block), "up" and
+            "down".
         parts: Role -> attribute name in the frozen block, for the same roles and "act".
         losses: What this layer asks to be charged in training.
         site: Full module name of the block.
@@ -79,7 +80,10 @@ class LoRAFeedForwardMixture(nn.Module):
             chosen = routing.selected_experts[:, slot : slot + 1]
             hidden = _activate(
                 act,
-                {role: self.banks[role](out, tokens, chosen, certain) for role, out in projected.items()},
+                {
+                    role: self.banks[role](out, tokens, chosen, certain)
+                    for role, out in projected.items()
+                },
             )
             expert_hidden.append(hidden)
             mixed = mixed + weights[:, slot : slot + 1] * (hidden - shared)
@@ -87,13 +91,17 @@ class LoRAFeedForwardMixture(nn.Module):
         out = base.get_submodule(self.parts["down"])(mixed).flatten(0, -2)
         for slot, hidden in enumerate(expert_hidden):
             chosen = routing.selected_experts[:, slot : slot + 1]
-            out = self.banks["down"](out, hidden, chosen, routing.routing_weights[:, slot : slot + 1])
+            out = self.banks["down"](
+                out, hidden, chosen, routing.routing_weights[:, slot : slot + 1]
+            )
         return out.reshape(hidden_states.shape)
 
 
 def feed_forward(base: nn.Module, parts: Mapping[str, str], x: Tensor) -> Tensor:
     """The frozen block as this layer understands it: act(gate(x)) * up(x), then down."""
-    projected = {role: base.get_submodule(parts[role])(x) for role in ("gate", "up") if role in parts}
+    projected = {
+        role: base.get_submodule(parts[role])(x) for role in ("gate", "up") if role in parts
+    }
     return base.get_submodule(parts["down"])(_activate(base.get_submodule(parts["act"]), projected))
 
 

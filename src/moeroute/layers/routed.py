@@ -1,7 +1,7 @@
 """What all layers that host a router have in common, as functions over them.
 
-A routed layer is any `nn.Module` with the attributes of `RoutedLayer`. Nothing is inherited: the layers
-call `route`, and the functions below find them in a model.
+A routed layer is any `nn.Module` with the attributes of `RoutedLayer`. Nothing is inherited: the
+layers call `route`, and the functions below find them in a model.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def route(layer: RoutedLayer, hidden_states: Tensor, experts: nn.Module | None) 
 
 def is_routed_layer(module: nn.Module) -> TypeGuard[RoutedLayer]:
     """True if the module hosts a router and a routing pass."""
-    return isinstance(module.__dict__.get("routing_pass"), RoutingPass) and "router" in module._modules
+    return (
+        isinstance(module.__dict__.get("routing_pass"), RoutingPass) and "router" in module._modules
+    )
 
 
 def routed_layers(model: nn.Module) -> Iterator[tuple[str, RoutedLayer]]:
@@ -78,7 +80,9 @@ def name_routed_layers(model: nn.Module) -> None:
 
 def routing_passes(model: nn.Module) -> tuple[RoutingPass, ...]:
     """The distinct routing passes that a model's routed layers write to."""
-    return tuple({id(layer.routing_pass): layer.routing_pass for _, layer in routed_layers(model)}.values())
+    return tuple(
+        {id(layer.routing_pass): layer.routing_pass for _, layer in routed_layers(model)}.values()
+    )
 
 
 def routers(model: nn.Module) -> dict[str, nn.Module]:
@@ -104,7 +108,8 @@ def aux_losses(model: nn.Module) -> LossReport:
     passes = routing_passes(model)
     if not passes:
         raise ValueError(
-            f"{type(model).__name__} holds no routed layer, so it has no auxiliary losses; build it with "
+            f"{type(model).__name__} holds no routed layer, so it has no auxiliary losses; build "
+            "it with "
             "moeroute layers, or wrap it with moeroute.wrap_model"
         )
     return total_loss([record for routing_pass in passes for record in routing_pass.read()])

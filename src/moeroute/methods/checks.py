@@ -39,7 +39,8 @@ def check_lora_fields(method: LoRAFields) -> None:
         raise ValueError(f"{name}: lora_dropout={method.lora_dropout} is outside [0, 1)")
     if method.router_aux_loss_coef < 0.0:
         raise ValueError(
-            f"{name}: router_aux_loss_coef={method.router_aux_loss_coef} would reward imbalance; use 0 or more"
+            f"{name}: router_aux_loss_coef={method.router_aux_loss_coef} would reward imbalance; "
+            "use 0 or more"
         )
 
 

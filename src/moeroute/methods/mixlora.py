@@ -5,10 +5,11 @@
     h_e = act(W1 x + D1_e x) * (W3 x + D3_e x),  D = scaling * B A
     y   = sum_k w_k (W2 h_{e_k} + D2_{e_k} h_{e_k})
 
-Source: MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mixture of Experts, Li et
-al., 2024, arXiv 2404.15159; read from the official code. Differences from the paper: attention is left
-alone (the paper adds one ordinary LoRA to each attention projection); W2 runs once a token on the mixed
-hidden activation, which is equal because the weights sum to 1; the balance loss is averaged over blocks.
+Source: MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mixture of Experts, Li
+et al., 2024, arXiv 2404.15159; read from the official code. Differences from the paper: attention
+is left alone (the paper adds one ordinary LoRA to each attention projection); W2 runs once a token on
+the mixed hidden activation, which is equal because the weights sum to 1; the balance loss is
+averaged over blocks.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class MixLoRA:
         use_rslora: Scaling lora_alpha / sqrt(r) instead.
         num_experts: Experts per block.
         top_k: Slots per token. 1 <= top_k <= num_experts.
-        router_aux_loss_coef: Weight of the Switch balance loss, 1.0 at perfect balance; 0 turns it off.
+        router_aux_loss_coef: Weight of the Switch balance loss, 1.0 at perfect balance; 0 turns it
+            off.
 
     Shapes:
         hidden_states: (..., H), any floating dtype; the router computes in float32.
@@ -56,14 +58,16 @@ class MixLoRA:
 
     Cost: per token and slot, LoRA on three projections; the frozen block runs once. Adds
     E * r * (2 * (H + I) + (I + H)) + E * H parameters a gated block.
-    Trains: router and experts. Inference: supported. Merging: undefined, the weights depend on the token.
+    Trains: router and experts. Inference: supported. Merging: undefined, the weights depend on the
+        token.
 
     Example:
         >>> wrapped = moeroute.wrap_model(model, MixLoRA(r=8, num_experts=8, top_k=2))
     """
 
     paper: ClassVar[Paper] = Paper(
-        title="MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mixture of Experts",
+        title="MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mixture "
+        "of Experts",
         arxiv="2404.15159",
         year=2024,
     )
@@ -88,9 +92,12 @@ class MixLoRA:
 
     def build(self, site: Site, shared: nn.Module | None, /) -> LoRAFeedForwardMixture:
         """One router and a bank for each projection of the block."""
-        banks = {role: self._bank(site, role) for role in ("gate", "up", "down") if role in site.parts}
+        banks = {
+            role: self._bank(site, role) for role in ("gate", "up", "down") if role in site.parts
+        }
         router = ComposedRouter(
-            LinearScore(site.in_features, self.num_experts, init_std=0.02), TopK(self.top_k, normalize=True)
+            LinearScore(site.in_features, self.num_experts, init_std=0.02),
+            TopK(self.top_k, normalize=True),
         )
         return LoRAFeedForwardMixture(
             router=router,

@@ -4,8 +4,9 @@
     y = W0 x + scaling * sum_e p_e B_e A_e x
 
 Source: Pushing Mixture of Experts to the Limit: Extremely Parameter Efficient MoE for Instruction
-Tuning, Zadouri et al., 2023, arXiv 2309.05444, section 2; the equation is read from the paper's abstract
-and from later descriptions of it. Differences from the paper: the paper routes by the token's hidden
+Tuning, Zadouri et al., 2023, arXiv 2309.05444, section 2; the equation is read from the paper's
+abstract and from later descriptions of it. Differences from the paper: the paper routes by the
+    token's hidden
 state in T5; here the linear's input routes. `top_k` is our option: the top-k probabilities,
 renormalised.
 """
@@ -43,8 +44,8 @@ class MoLoRA:
         use_rslora: Scaling lora_alpha / sqrt(r) instead.
         num_experts: Experts per linear.
         top_k: Slots per token; None mixes all experts, as the paper does.
-        router_aux_loss_coef: Weight of the Switch balance loss, averaged over linears; 0, the paper's
-            choice, turns it off. It needs top_k: a soft mixture loads every expert alike.
+        router_aux_loss_coef: Weight of the Switch balance loss, averaged over linears; 0, the
+            paper's choice, turns it off. It needs top_k: a soft mixture loads every expert alike.
 
     Shapes:
         hidden_states: (..., in_features), any floating dtype; the router computes in float32.
@@ -56,14 +57,17 @@ class MoLoRA:
 
     Cost: one LoRA of rank E * r a linear while E * r is small. Adds E * r * (in + out) + E * in
     parameters a linear.
-    Trains: router and experts. Inference: supported. Merging: undefined, the weights depend on the token.
+    Trains: router and experts. Inference: supported. Merging: undefined, the weights depend on the
+        token.
 
     Example:
-        >>> wrapped = moeroute.wrap_model(model, MoLoRA(r=4, num_experts=8), target_modules=["q_proj"])
+        >>> wrapped = moeroute.wrap_model(model, MoLoRA(r=4, num_experts=8),
+        target_modules=["q_proj"])
     """
 
     paper: ClassVar[Paper] = Paper(
-        title="Pushing Mixture of Experts to the Limit: Extremely Parameter Efficient MoE for Instruction Tuning",
+        title="Pushing Mixture of Experts to the Limit: Extremely Parameter Efficient MoE for "
+        "Instruction Tuning",
         arxiv="2309.05444",
         year=2023,
     )
@@ -83,7 +87,8 @@ class MoLoRA:
         check_top_k(self, self.num_experts if self.top_k is None else self.top_k)
         if self.router_aux_loss_coef and self.top_k is None:
             raise ValueError(
-                f"MoLoRA: router_aux_loss_coef={self.router_aux_loss_coef} has no effect on a soft mixture, "
+                f"MoLoRA: router_aux_loss_coef={self.router_aux_loss_coef} has no effect on a soft "
+                "mixture, "
                 "whose experts all carry the same load; set top_k, or router_aux_loss_coef=0"
             )
 
@@ -107,7 +112,9 @@ class MoLoRA:
         if self.router_aux_loss_coef:
             losses = (BalanceLoss(weight=self.router_aux_loss_coef),)
         return LoRAMixture(
-            router=ComposedRouter(LinearScore(site.in_features, self.num_experts, init_std=0.02), select),
+            router=ComposedRouter(
+                LinearScore(site.in_features, self.num_experts, init_std=0.02), select
+            ),
             bank=bank,
             losses=losses,
             site=site.name,

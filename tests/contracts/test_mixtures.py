@@ -1,0 +1,260 @@
+"""What every mixture method must do, over the whole registry."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import moeroute
+from moeroute.integration.site_host import SiteHost
+
+METHODS = moeroute.list_methods()
+SMALL = {"r": 3, "num_experts": 4}
+
+pytestmark = pytest.mark.parametrize("name", METHODS)
+
+
+def small(name, **fields):
+    return moeroute.get_method(name)(**(SMALL | fields))
+
+
+def wake(model, scale=0.3):
+    """Give every adapter parameter a value, so that the adapter does something."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "moeroute_site" in key:
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def wrapped(make_llama, name, **fields):
+    return moeroute.wrap_model(make_llama(), small(name, **fields), task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [False, True])
+def test_fresh_adapter_equals_the_base_bit_for_bit(name, make_llama, batch, dtype, training):
+    base = make_llama().to(dtype).train(training)
+    expected = base(**batch).logits
+    model = moeroute.wrap_model(copy.deepcopy(base), small(name, lora_dropout=0.2)).train(training)
+    assert torch.equal(model(**batch).logits, expected)
+
+
+def test_defaults_build_on_any_model_that_has_the_site(name, make_llama, batch):
+    model = moeroute.wrap_model(make_llama(), moeroute.get_method(name)())
+    assert torch.isfinite(model(**batch).loss)
+
+
+def test_base_is_frozen_and_everything_added_trains(name, make_llama, batch):
+    model = wake(wrapped(make_llama, name)).train()
+    model(**batch).loss.backward()
+    for key, parameter in model.named_parameters():
+        if "moeroute_site" in key:
+            assert parameter.requires_grad
+            assert parameter.grad is not None, key
+            assert parameter.grad.abs().sum() > 0, key
+        else:
+            assert not parameter.requires_grad, key
+            assert parameter.grad is None, key
+
+
+def test_disable_adapter_equals_the_base(name, make_llama, batch):
+    expected = make_llama()(**batch).logits
+    model = wake(wrapped(make_llama, name)).eval()
+    assert not torch.equal(model(**batch).logits, expected)
+    with model.disable_adapter():
+        assert torch.equal(model(**batch).logits, expected)
+    assert not torch.equal(model(**batch).logits, expected)
+
+
+def test_unwrap_restores_the_very_modules(name, make_llama, batch):
+    base = make_llama()
+    modules = {key: id(module) for key, module in base.named_modules()}
+    state = {key: value.clone() for key, value in base.state_dict().items()}
+    model = wake(moeroute.wrap_model(base, small(name)))
+    again = moeroute.unwrap_model(model)
+    assert {key: id(module) for key, module in again.named_modules()} == modules
+    assert not again._forward_hooks
+    assert not again._forward_pre_hooks
+    assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
+    moeroute.wrap_model(again, small(name))
+
+
+def test_save_and_load_through_peft_and_transformers(name, make_llama, batch, tmp_path):
+    base_dir, adapter_dir = tmp_path / "base", tmp_path / "adapter"
+    make_llama().save_pretrained(base_dir)
+    model = wake(
+        moeroute.wrap_model(
+            AutoModelForCausalLM.from_pretrained(base_dir), small(name), task_type="CAUSAL_LM"
+        )
+    ).eval()
+    expected = model(**batch).logits
+    model.save_pretrained(adapter_dir)
+    assert (adapter_dir / "adapter_config.json").is_file()
+    assert (adapter_dir / "adapter_model.safetensors").is_file()
+    fresh = AutoModelForCausalLM.from_pretrained(base_dir)
+    loaded = PeftModel.from_pretrained(fresh, adapter_dir).eval()
+    assert torch.equal(loaded(**batch).logits, expected)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    renamed = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base_dir),
+        adapter_dir,
+        adapter_name="other",
+        is_trainable=True,
+    ).eval()
+    assert torch.equal(renamed(**batch).logits, expected)
+    assert any(parameter.requires_grad for parameter in renamed.parameters())
+    auto = AutoModelForCausalLM.from_pretrained(adapter_dir).eval()
+    assert torch.equal(auto(**batch).logits, expected)
+
+
+def test_a_new_process_needs_only_the_import(name, make_llama, batch, tmp_path):
+    make_llama().save_pretrained(tmp_path / "base")
+    model = wake(
+        moeroute.wrap_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), small(name))
+    ).eval()
+    torch.save(model(**batch).logits, tmp_path / "expected.pt")
+    model.save_pretrained(tmp_path / "adapter")
+    script = f"""
+import torch, moeroute
+from transformers import AutoModelForCausalLM
+from peft import PeftModel
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r}),
+                                  {str(tmp_path / "adapter")!r}).eval()
+ids = torch.tensor({batch["input_ids"].tolist()})
+print((model(input_ids=ids).logits - torch.load({
+        str(tmp_path / "expected.pt")!r
+    })).abs().max().item())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout.strip().splitlines()[-1]) < 1e-5
+
+
+def test_two_adapters_on_one_base(name, make_llama, batch):
+    model = wake(wrapped(make_llama, name)).eval()
+    first = model(**batch).logits
+    moeroute.wrap_model(model, small(name, r=2), adapter_name="second")
+    assert torch.equal(model(**batch).logits, first)
+    model.set_adapter("second")
+    assert torch.equal(model(**batch).logits, make_llama()(**batch).logits)
+    trainable = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trainable
+    assert all(".second." in key for key in trainable)
+    model.set_adapter("default")
+    assert torch.equal(model(**batch).logits, first)
+    model.set_adapter("second")
+    model.delete_adapter("default")
+    assert not any(".default." in key for key, _ in model.named_parameters())
+
+
+def test_merge_raises_and_says_what_to_do(name, make_llama):
+    model = wrapped(make_llama, name)
+    with pytest.raises(ValueError, match="unwrap_model"):
+        model.merge_and_unload()
+    with pytest.raises(ValueError, match="depend on the token"):
+        model.merge_adapter()
+
+
+def test_generate_with_a_cache_equals_without(name, make_llama, batch):
+    model = wake(wrapped(make_llama, name)).eval()
+    prompt = batch["input_ids"][:, :5]
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(input_ids=prompt, use_cache=True, **settings)
+    assert torch.equal(cached, model.generate(input_ids=prompt, use_cache=False, **settings))
+
+
+def test_gradient_checkpointing_changes_no_gradient(name, make_llama, batch):
+    gradients = []
+    for checkpointing in (False, True):
+        model = wake(wrapped(make_llama, name)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        model(**batch).loss.backward()
+        gradients.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, msg=key)
+
+
+def test_compiles_without_graph_breaks(name, make_llama, batch):
+    model = wake(wrapped(make_llama, name)).eval()
+    expected = model(**batch).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**batch).logits, expected)
+
+
+def test_compiled_training_step_gives_the_same_gradients(name, make_llama, batch):
+    gradients = []
+    for compiling in (False, True):
+        model = wake(wrapped(make_llama, name)).train()
+        forward = torch.compile(model, backend="aot_eager") if compiling else model
+        forward(**batch).loss.backward()
+        gradients.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_a_copy_is_independent(name, make_llama, batch):
+    model = wake(wrapped(make_llama, name)).train()
+    model(**batch).loss.backward()
+    twin = copy.deepcopy(model).train()
+    hosts = [module for module in twin.modules() if isinstance(module, SiteHost)]
+    originals = [module for module in model.modules() if isinstance(module, SiteHost)]
+    assert hosts[0].routing_pass is hosts[-1].routing_pass
+    assert hosts[0].routing_pass is not originals[0].routing_pass
+    torch.testing.assert_close(twin(**batch).loss, model(**batch).loss)
+    wake(twin, scale=0.6)
+    assert not torch.equal(twin(**batch).logits, model(**batch).logits)
+
+
+def test_tokens_do_not_depend_on_their_neighbours(name, make_llama):
+    model = wake(wrapped(make_llama, name)).double().eval()
+    ids = torch.randint(0, 61, (4, 7))
+    whole = model(input_ids=ids).logits
+    single = torch.cat([model(input_ids=row[None]).logits for row in ids])
+    torch.testing.assert_close(whole, single, rtol=1e-9, atol=1e-9)
+
+
+def test_permuting_experts_leaves_the_output_unchanged(name, make_llama, batch):
+    model = wake(wrapped(make_llama, name)).double().eval()
+    expected = model(**batch).logits
+    order = torch.tensor([2, 0, 3, 1])
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "moeroute_site" not in key:
+                continue
+            if key.endswith("lora_a"):
+                parameter.copy_(parameter.unflatten(0, (4, 3))[order].flatten(0, 1))
+            elif key.endswith("lora_b"):
+                parameter.copy_(parameter.unflatten(1, (4, 3))[:, order].flatten(1))
+            else:
+                parameter.copy_(parameter[order])
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_equals_get_peft_model(name, make_llama, batch):
+    torch.manual_seed(5)
+    ours = moeroute.wrap_model(make_llama(), small(name))
+    torch.manual_seed(5)
+    theirs = get_peft_model(make_llama(), moeroute.MoeRouteConfig(method=name, method_fields=SMALL))
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert torch.equal(wake(ours)(**batch).logits, wake(theirs)(**batch).logits)
+
+
+def test_every_tensor_of_the_adapter_is_saved(name, make_llama, tmp_path):
+    from safetensors.torch import load_file
+
+    model = wake(wrapped(make_llama, name))
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    own = {key for key in model.state_dict() if "moeroute_site" in key}
+    assert {key.replace(".moeroute_site.default.", ".moeroute_site.") for key in own} == set(saved)
