@@ -3,8 +3,17 @@
 from moeroute_kernels import reference
 from moeroute_kernels.combine import combine
 from moeroute_kernels.expert_sort import expert_sort
+from moeroute_kernels.gated_lora import gated_lora
 from moeroute_kernels.grouped_mm import grouped_mm
 from moeroute_kernels.reference import SortedSlots
 from moeroute_kernels.routed_mlp import routed_mlp
 
-__all__ = ["SortedSlots", "combine", "expert_sort", "grouped_mm", "reference", "routed_mlp"]
+__all__ = [
+    "SortedSlots",
+    "combine",
+    "expert_sort",
+    "gated_lora",
+    "grouped_mm",
+    "reference",
+    "routed_mlp",
+]
