@@ -15,6 +15,19 @@ from moeroute.integration.site_host import SiteHost
 METHODS = moeroute.list_methods()
 SMALL = {"r": 3, "num_experts": 4}
 
+RELOAD = """
+import sys
+import torch, moeroute
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+folder = sys.argv[1]
+base = AutoModelForCausalLM.from_pretrained(folder + "/base")
+model = PeftModel.from_pretrained(base, folder + "/adapter").eval()
+logits = model(input_ids=torch.load(folder + "/ids.pt")).logits
+print((logits - torch.load(folder + "/expected.pt")).abs().max().item())
+"""
+
 pytestmark = pytest.mark.parametrize("name", METHODS)
 
 
@@ -30,6 +43,12 @@ def wake(model, scale=0.3):
             if "moeroute_site" in key:
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def checkpoint_layers(model, settings):
+    """Switch activation checkpointing on, by its name in older and newer transformers."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)(settings)
 
 
 def wrapped(make_llama, name, **fields):
@@ -120,19 +139,9 @@ def test_a_new_process_needs_only_the_import(name, make_llama, batch, tmp_path):
     ).eval()
     torch.save(model(**batch).logits, tmp_path / "expected.pt")
     model.save_pretrained(tmp_path / "adapter")
-    script = f"""
-import torch, moeroute
-from transformers import AutoModelForCausalLM
-from peft import PeftModel
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r}),
-                                  {str(tmp_path / "adapter")!r}).eval()
-ids = torch.tensor({batch["input_ids"].tolist()})
-print((model(input_ids=ids).logits - torch.load({
-        str(tmp_path / "expected.pt")!r
-    })).abs().max().item())
-"""
+    torch.save(batch["input_ids"], tmp_path / "ids.pt")
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        [sys.executable, "-c", RELOAD, str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert float(done.stdout.strip().splitlines()[-1]) < 1e-5
 
@@ -175,7 +184,7 @@ def test_gradient_checkpointing_changes_no_gradient(name, make_llama, batch):
     for checkpointing in (False, True):
         model = wake(wrapped(make_llama, name)).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(model, {"use_reentrant": False})
             model.enable_input_require_grads()
         model(**batch).loss.backward()
         gradients.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})

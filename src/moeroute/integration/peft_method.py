@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,14 +187,14 @@ class MoeRouteModel(BaseTuner):
         new_module.train(child.training)
         setattr(parent, child_name, new_module)
 
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         for name in ("adapter_names", "alora_offsets"):
             if kwargs.get(name) is not None:
                 raise ValueError(
                     f"{name} is not supported by moeroute adapters; activate one with "
                     "set_adapter(name)"
                 )
-        return super()._enable_peft_forward_hooks(*args, **kwargs)
+        return nullcontext()
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -1,4 +1,4 @@
-"""The one PEFT layer of moeroute: a frozen base and, by adapter name, what a method built for it."""
+"""The one PEFT layer of moeroute: a frozen base and, by adapter name, what a method built."""
 
 from __future__ import annotations
 

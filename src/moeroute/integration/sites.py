@@ -99,7 +99,7 @@ def find_sites(model: nn.Module, kind: SiteKind) -> list[Site]:
 
 
 def default_targets(model: nn.Module, kind: SiteKind) -> set[str]:
-    """`target_modules` that match exactly the sites of a kind, by their last name parts if possible.
+    """`target_modules` that match exactly the sites of a kind, by last name parts if possible.
 
     Raises:
         ValueError: The model has no such place.

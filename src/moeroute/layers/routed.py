@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moeroute.losses.total import LossReport, total_loss
+from moeroute.routers.collect import is_router_host
 from moeroute.routing_pass import RoutingPass
 from moeroute.types import AuxLoss, RouterOutput, RoutingRecord
 
@@ -60,9 +61,7 @@ def route(layer: RoutedLayer, hidden_states: Tensor, experts: nn.Module | None) 
 
 def is_routed_layer(module: nn.Module) -> TypeGuard[RoutedLayer]:
     """True if the module hosts a router and a routing pass."""
-    return (
-        isinstance(module.__dict__.get("routing_pass"), RoutingPass) and "router" in module._modules
-    )
+    return is_router_host(module)
 
 
 def routed_layers(model: nn.Module) -> Iterator[tuple[str, RoutedLayer]]:
@@ -83,11 +82,6 @@ def routing_passes(model: nn.Module) -> tuple[RoutingPass, ...]:
     return tuple(
         {id(layer.routing_pass): layer.routing_pass for _, layer in routed_layers(model)}.values()
     )
-
-
-def routers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every router of a model by the full module name of the layer that hosts it."""
-    return {name: layer.router for name, layer in routed_layers(model)}
 
 
 def aux_losses(model: nn.Module) -> LossReport:

@@ -1,0 +1,19 @@
+"""Layers that host a router, and the experts that stand behind it."""
+
+from moeroute.layers.experts import MLPExperts as MLPExperts
+from moeroute.layers.experts import SwiGLUExperts as SwiGLUExperts
+from moeroute.layers.lora_bank import LoRABank as LoRABank
+from moeroute.layers.lora_ffn import LoRAFeedForwardMixture as LoRAFeedForwardMixture
+from moeroute.layers.lora_mixture import LoRAMixture as LoRAMixture
+from moeroute.layers.module_experts import ModuleExperts as ModuleExperts
+from moeroute.layers.moe import MoELayer as MoELayer
+
+__all__ = [
+    "LoRABank",
+    "LoRAFeedForwardMixture",
+    "LoRAMixture",
+    "MLPExperts",
+    "MoELayer",
+    "ModuleExperts",
+    "SwiGLUExperts",
+]

@@ -1,0 +1,9 @@
+"""Auxiliary losses: pure functions of what a layer routed."""
+
+from moeroute.losses.balance import BalanceLoss as BalanceLoss
+from moeroute.losses.importance import ImportanceLoss as ImportanceLoss
+from moeroute.losses.total import LossReport as LossReport
+from moeroute.losses.total import total_loss as total_loss
+from moeroute.losses.z import ZLoss as ZLoss
+
+__all__ = ["BalanceLoss", "ImportanceLoss", "LossReport", "ZLoss", "total_loss"]
