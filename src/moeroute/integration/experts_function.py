@@ -1,0 +1,150 @@
+"""`experts_implementation="moeroute"`: the experts of a transformers checkpoint on moeroute's ops.
+
+transformers hands every decorated experts module to the function registered under the name in
+`config._experts_implementation`; the module's flags say how its weights lie. Experts whose gate is
+known and proven equal run as one fused op, everything else as two grouped products around the
+module's own `_apply_gate`.
+
+This module imports no part of transformers: it is loaded while transformers itself is being loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from torch import Tensor
+
+from moeroute.integration.expert_gates import FusedGate, fused_gate
+from moeroute.ops.dispatch import combine, dispatch, plan_slots
+from moeroute.ops.expert_mm import grouped_mm, routed_mlp
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Weights:
+    """The experts' parameters as (E, out, in) views, whatever the checkpoint's layout."""
+
+    first: Tensor
+    second: Tensor
+    first_bias: Tensor | None
+    second_bias: Tensor | None
+
+
+def moeroute_experts_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Run the selected experts of a decorated module; registered with transformers as "moeroute".
+
+    Honours `has_gate`, `has_bias`, `is_transposed`, `is_concatenated`, `has_post_expert_norm`
+    (applied before the routing weight) and an own `_apply_gate`. Sums a token's experts in float32.
+    Traceable with `fullgraph=True`; a small number of tokens takes the ops' decode path.
+
+    Args:
+        self: The experts module.
+        hidden_states: (T, H), any strides; computed in the dtype of the weights.
+        top_k_index: (T, K) integers; an id outside [0, num_experts) is skipped: under expert
+            parallelism it names another rank's expert.
+        top_k_weights: (T, K), any floating dtype.
+
+    Returns:
+        (T, H) in the dtype of hidden_states.
+
+    Raises:
+        TypeError: The weights are quantised.
+        ValueError: Shapes do not fit.
+    """
+    weights = _weights_of(self)
+    tokens = hidden_states.to(weights.first.dtype)
+    fused = fused_gate(self)
+    if fused is None or getattr(self, "has_post_expert_norm", False):
+        out = _unfused(self, tokens, weights, top_k_index, top_k_weights)
+    else:
+        out = _fused(self, tokens, weights, top_k_index, top_k_weights, FusedGate(*fused))
+    return out.to(hidden_states.dtype)
+
+
+def _fused(
+    self: nn.Module,
+    tokens: Tensor,
+    weights: _Weights,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate: FusedGate,
+) -> Tensor:
+    options: dict[str, Any] = {}
+    if gate.alpha_attribute:
+        options["alpha"] = getattr(self, gate.alpha_attribute)
+    if gate.limit_attribute:
+        options["limit"] = getattr(self, gate.limit_attribute)
+    return routed_mlp(
+        tokens,
+        weights.first,
+        weights.second,
+        top_k_index,
+        top_k_weights,
+        gate_up_bias=weights.first_bias,
+        down_bias=weights.second_bias,
+        activation=gate.activation,
+        interleaved=gate.interleaved,
+        **options,
+    )
+
+
+def _unfused(
+    self: Any,
+    tokens: Tensor,
+    weights: _Weights,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor:
+    plan = plan_slots(top_k_index, weights.first.shape[0])
+    rows = grouped_mm(
+        dispatch(tokens, plan), weights.first, plan.expert_offsets, weights.first_bias
+    )
+    rows = self._apply_gate(rows) if getattr(self, "has_gate", True) else self.act_fn(rows)
+    rows = grouped_mm(rows, weights.second, plan.expert_offsets, weights.second_bias)
+    if getattr(self, "has_post_expert_norm", False):
+        rows = self.post_expert_norm(rows)
+    return combine(rows, top_k_weights, plan)
+
+
+def _weights_of(module: Any) -> _Weights:
+    name = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+    first, second = getattr(module, name), module.down_proj
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        raise TypeError(_not_supported(module, f"{name} is a {type(first).__name__}"))
+    if not first.is_floating_point() or first.element_size() < 2:
+        raise TypeError(_not_supported(module, f"{name} is {first.dtype}"))
+    if getattr(module, "is_transposed", False):
+        first, second = first.transpose(1, 2), second.transpose(1, 2)
+    has_bias = getattr(module, "has_bias", False)
+    return _Weights(
+        first=first,
+        second=second,
+        first_bias=getattr(module, f"{name}_bias") if has_bias else None,
+        second_bias=module.down_proj_bias if has_bias else None,
+    )
+
+
+def _not_supported(module: nn.Module, what: str) -> str:
+    return (
+        f'experts_implementation="moeroute" cannot compute {type(module).__name__}: {what}, and '
+        "moeroute multiplies float32, float64, bfloat16 and float16 tensors. Dequantise the "
+        'checkpoint on load, or choose `model.set_experts_implementation("eager")`'
+    )
+
+
+def refuse_fp8_experts(self: nn.Module, *_: Any, **__: Any) -> NoReturn:
+    """Stand under "moeroute" in transformers' registry for FP8 experts, and say what to do.
+
+    Raises:
+        NotImplementedError: Always; moeroute has no FP8 kernels.
+    """
+    raise NotImplementedError(
+        f'experts_implementation="moeroute" does not support FP8 experts ({type(self).__name__}). '
+        "Load the checkpoint with `quantization_config=FineGrainedFP8Config(dequantize=True)` to "
+        'compute in bfloat16, or choose `model.set_experts_implementation("grouped_mm")`'
+    )
