@@ -47,9 +47,13 @@ def test_import_without_torch_first_leaves_transformers_and_peft_out(package: st
 def test_the_floors_below_integration_need_neither_transformers_nor_peft():
     """Layers, routers and methods work where transformers and peft cannot be imported at all."""
     code = (
-        "import sys\n"
-        "sys.modules.update(transformers=None, peft=None, triton=None, accelerate=None)\n"
-        "import torch, moeroute\n"
+        "import sys, torch\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in ('transformers', 'peft', 'accelerate', 'triton'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "import moeroute\n"
         "layer = moeroute.MoELayer.build(\n"
         "    hidden_size=4, intermediate_size=8, num_experts=3, top_k=2)\n"
         "print(tuple(layer(torch.ones(1, 2, 4)).shape), *moeroute.list_methods())"
