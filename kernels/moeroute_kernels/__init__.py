@@ -1,4 +1,9 @@
-"""Grouped ops for mixtures of experts and of LoRA."""
+"""Grouped ops for mixtures of experts and of LoRA.
+
+Every op is a `torch.library` op in the namespace "moeroute" with fake and autograd. The default
+kernel is plain torch and runs on any device; a device's own kernel is registered beside it
+(`register_kernel("cuda")` on the op object) and chosen by PyTorch's dispatcher.
+"""
 
 from moeroute_kernels import reference
 from moeroute_kernels.combine import combine

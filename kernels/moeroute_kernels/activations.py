@@ -1,8 +1,8 @@
 """The activations of expert MLPs, each with its derivative: a table of parts.
 
-A gated activation turns a gate and an up projection into one tensor, `value(gate) * (up + shift)`, an
-ungated one is `value(gate)`. Every row of `ACTIVATIONS` names the pointwise function, its derivative
-and what is done before it (clamping) and after it (the shift).
+A gated activation turns a gate and an up projection into one tensor, `value(gate) * (up + shift)`,
+an ungated one is `value(gate)`. Every row of `ACTIVATIONS` names the pointwise function, its
+derivative and what is done before it (clamping) and after it (the shift).
 
 Shapes: gate, up, activated and all gradients are (N, I), any strides.
 """

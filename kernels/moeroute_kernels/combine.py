@@ -7,10 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-_SCHEMA = (
-    "(Tensor rows, Tensor routing_weights, Tensor inverse, Tensor expert_offsets) -> Tensor"
-)
+_SCHEMA = "(Tensor rows, Tensor routing_weights, Tensor inverse, Tensor expert_offsets) -> Tensor"
 _BACKWARD_SCHEMA = (
     "(Tensor gradient, Tensor rows, Tensor routing_weights, Tensor inverse, Tensor expert_offsets,"
     " bool[] needs) -> Tensor[]"

@@ -1,29 +1,73 @@
 """Grouped products as loops over the experts that have rows: the path of every device without one.
 
 The loop lives inside an op, so a graph never sees it and autograd never indexes a weight (under
-autograd each `weight[e]` costs a zero-filled gradient of the whole stack). It has no alignment rule,
-takes float64 and any strides, and costs one call per expert that was hit.
+autograd each `weight[e]` costs a zero-filled gradient of the whole stack). It has no alignment
+rule, takes float64 and any strides, and costs one call per expert that was hit. In torch 2.13
+`F.grouped_mm` is the same loop on a CPU, in one form of product; here the form follows the rows.
 
 Axes: N rows, E experts, I in, O out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-Runs = list[tuple[int, int, int]]
-"""(expert, first row, end row) of every expert that has rows, in row order."""
+from moeroute_kernels import cpu_memory
+
+# The switches below were measured on a Sapphire Rapids with AMX, torch 2.13, at 1 and 2 threads,
+# with matrices of 512 x 1024 and 1024 x 256. "Flipped" computes (weight @ rows.T).T and copies:
+# oneDNN then reads a bfloat16 weight without repacking it, and MKL has better float32 kernels for
+# few columns. It saves work in proportion to I and copies in proportion to the rows, hence a bound
+# of rows per I.
+FLIP_ROWS_BFLOAT16 = (2, 128)
+"""Fewest and most rows of one expert for which a bfloat16 product is flipped."""
+FLIP_ROWS_FLOAT32 = (9, 64)
+"""Fewest and most rows of one expert for which a float32 product is flipped."""
+FLIP_COLUMNS_PER_ROW = 10
+"""A product is flipped while I is at least this many times the rows."""
+UNBIND_FRACTION = 0.25
+"""From this fraction of hit experts on, taking all of a stack's matrices at once is cheaper."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """The experts that have rows, in row order.
+
+    Attributes:
+        experts: Their ids.
+        sizes: The rows of each.
+        filled: The sum of sizes; rows from here on belong to empty slots.
+    """
+
+    experts: list[int]
+    sizes: list[int]
+    filled: int
+
+    def split(self, rows: Tensor) -> Iterable[Tensor]:
+        """Views of each expert's rows."""
+        return rows[: self.filled].split(self.sizes) if self.sizes else ()
+
+    def matrices(self, weight: Tensor) -> list[Tensor]:
+        """Views of each hit expert's matrix in an (E, ...) stack."""
+        if len(self.experts) > UNBIND_FRACTION * weight.shape[0]:
+            stack = weight.unbind(0)
+            return [stack[expert] for expert in self.experts]
+        return [weight[expert] for expert in self.experts]
 
 
 def expert_runs(expert_offsets: Tensor) -> Runs:
     """Read the experts that have rows off the (E,) inclusive ends."""
-    runs, start = [], 0
+    experts, sizes, start = [], [], 0
     for expert, end in enumerate(expert_offsets.tolist()):
         if end > start:
-            runs.append((expert, start, end))
+            experts.append(expert)
+            sizes.append(end - start)
             start = end
-    return runs
+    return Runs(experts, sizes, start)
 
 
 def compute_dtype(like: Tensor) -> torch.dtype:
@@ -34,7 +78,7 @@ def compute_dtype(like: Tensor) -> torch.dtype:
 
 
 def mm_rows(rows: Tensor, weight: Tensor, runs: Runs, out: Tensor) -> None:
-    """Write rows[s:e] @ weight[expert].T to out[s:e] for every run.
+    """Write rows @ weight[expert].T to out, expert by expert.
 
     Args:
         rows: (N, I).
@@ -42,11 +86,31 @@ def mm_rows(rows: Tensor, weight: Tensor, runs: Runs, out: Tensor) -> None:
         runs: The rows of each expert.
         out: (N, O), same dtype as rows; rows in no run are left alone.
     """
-    matrices = weight.transpose(1, 2)
-    same = weight.dtype == rows.dtype
-    for expert, start, end in runs:
-        matrix = matrices[expert] if same else matrices[expert].to(rows.dtype)
-        torch.mm(rows[start:end], matrix, out=out[start:end])
+    low, high = _flip_range(weight)
+    cast = weight.dtype != rows.dtype
+    pieces = zip(runs.split(rows), runs.matrices(weight), runs.split(out), runs.sizes, strict=True)
+    for piece, matrix, target, size in pieces:
+        if cast:
+            matrix = matrix.to(rows.dtype)
+        if low <= size <= high:
+            target.copy_(torch.mm(matrix, piece.t()).t())
+        elif size == 1 and high:
+            torch.mv(matrix, piece[0], out=target[0])
+        else:
+            torch.mm(piece, matrix.t(), out=target)
+
+
+def _flip_range(weight: Tensor) -> tuple[int, int]:
+    """Fewest and most rows for a flipped product; (1, 0) if none."""
+    if weight.device.type != "cpu" or weight.stride(2) != 1:
+        return 1, 0
+    if weight.dtype == torch.bfloat16:
+        low, high = FLIP_ROWS_BFLOAT16
+    elif weight.dtype == torch.float32:
+        low, high = FLIP_ROWS_FLOAT32
+    else:
+        return 1, 0
+    return low, min(high, weight.shape[2] // FLIP_COLUMNS_PER_ROW)
 
 
 def mm_weights(rows_out: Tensor, rows_in: Tensor, runs: Runs, like: Tensor) -> Tensor:
@@ -59,34 +123,46 @@ def mm_weights(rows_out: Tensor, rows_in: Tensor, runs: Runs, like: Tensor) -> T
         like: (E, O, I) weight whose dtype and layout the result takes.
 
     Returns:
-        (E, O, I); zero for an expert without rows.
+        (E, O, I); zero for an expert without rows, and not even written there if it is big.
     """
-    if like.stride(1) == 1 and like.stride(2) != 1:
+    if is_transposed(like):
         return mm_weights(rows_in, rows_out, runs, like.transpose(1, 2)).transpose(1, 2)
-    gradient = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    same = like.dtype == rows_in.dtype
-    idle = 0
-    for expert, start, end in runs:
-        gradient[idle:expert].zero_()
-        idle = expert + 1
-        left, right = rows_out[start:end].t(), rows_in[start:end]
-        if same:
-            torch.mm(left, right, out=gradient[expert])
+    gradient = cpu_memory.empty(like.shape, like.dtype, like.device)
+    if not cpu_memory.is_lazy(like.shape, like.dtype, like.device):
+        zero_idle(gradient, runs)
+    cast = like.dtype != rows_in.dtype
+    pieces = zip(runs.split(rows_out), runs.split(rows_in), runs.matrices(gradient), strict=True)
+    for left, right, target in pieces:
+        if cast:
+            target.copy_(torch.mm(left.t(), right))
         else:
-            gradient[expert] = torch.mm(left, right)
-    gradient[idle:].zero_()
+            torch.mm(left.t(), right, out=target)
     return gradient
+
+
+def is_transposed(weight: Tensor) -> bool:
+    """Tell whether a (E, O, I) weight lies in memory as (E, I, O)."""
+    return weight.stride(1) == 1 and weight.stride(2) != 1
+
+
+def zero_idle(stack: Tensor, runs: Runs) -> None:
+    """Zero the entries of a (E, ...) stack whose expert has no rows."""
+    start = 0
+    for expert in [*runs.experts, stack.shape[0]]:
+        if expert > start:
+            stack[start:expert].zero_()
+        start = expert + 1
 
 
 def add_rows(rows: Tensor, bias: Tensor, runs: Runs) -> None:
     """Add bias[expert] to each of an expert's rows, in place; bias is (E, O)."""
-    for expert, start, end in runs:
-        rows[start:end] += bias[expert]
+    for piece, row in zip(runs.split(rows), runs.matrices(bias), strict=True):
+        piece.add_(row)
 
 
 def sum_rows(rows: Tensor, runs: Runs, like: Tensor) -> Tensor:
     """Sum each expert's rows into (E, O), the dtype of like; zero for an expert without rows."""
     total = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-    for expert, start, end in runs:
-        total[expert] = rows[start:end].sum(0)
+    for piece, row in zip(runs.split(rows), runs.matrices(total), strict=True):
+        row.copy_(piece.sum(0))
     return total

@@ -11,6 +11,7 @@ from moeroute_kernels.cpu import (
     add_rows,
     compute_dtype,
     expert_runs,
+    is_transposed,
     mm_rows,
     mm_weights,
     sum_rows,
@@ -24,9 +25,7 @@ _BACKWARD_SCHEMA = (
 
 
 @torch.library.custom_op("moeroute::grouped_mm", mutates_args=(), schema=_SCHEMA)
-def grouped_mm_op(
-    x: Tensor, weight: Tensor, expert_offsets: Tensor, bias: Tensor | None
-) -> Tensor:
+def grouped_mm_op(x: Tensor, weight: Tensor, expert_offsets: Tensor, bias: Tensor | None) -> Tensor:
     """The default kernel: any device, one product per expert that has rows."""
     runs = expert_runs(expert_offsets)
     compute = compute_dtype(x)
@@ -34,7 +33,7 @@ def grouped_mm_op(
     mm_rows(x.to(compute), weight, runs, out)
     if bias is not None:
         add_rows(out, bias, runs)
-    out[runs[-1][2] if runs else 0 :].zero_()
+    out[runs.filled :].zero_()
     return out.to(x.dtype)
 
 
@@ -60,7 +59,7 @@ def grouped_mm_backward_op(
     if needs[0]:
         x_gradient = torch.empty(x.shape, dtype=compute, device=x.device)
         mm_rows(gradient, weight.transpose(1, 2), runs, x_gradient)
-        x_gradient[runs[-1][2] if runs else 0 :].zero_()
+        x_gradient[runs.filled :].zero_()
         results.append(x_gradient.to(x.dtype))
     if needs[1]:
         results.append(mm_weights(gradient, x.to(compute), runs, weight))
@@ -90,7 +89,7 @@ def _(
 
 def empty_weight(like: Tensor) -> Tensor:
     """Storage for the gradient of a (E, O, I) weight in the layout that `mm_weights` gives it."""
-    if like.stride(1) == 1 and like.stride(2) != 1:
+    if is_transposed(like):
         flipped = (like.shape[0], like.shape[2], like.shape[1])
         return torch.empty(flipped, dtype=like.dtype, device=like.device).transpose(1, 2)
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)
@@ -119,9 +118,9 @@ def grouped_mm(
 ) -> Tensor:
     """Multiply each expert's rows with its own matrix.
 
-    Deterministic. Gradients reach x, weight and bias, each made only if asked for; an expert without
-    rows gets a zero gradient. Sums in the accumulator of the product (float32 for bfloat16);
-    float16 on a CPU is computed in float32. Under autocast x, weight and bias are cast.
+    Deterministic. Gradients reach x, weight and bias, each made only if asked for; an expert
+    without rows gets a zero gradient. Sums in the accumulator of the product (float32 for
+    bfloat16); float16 on a CPU is computed in float32. Under autocast x, weight and bias are cast.
 
     Args:
         x: (N, I) rows in expert order, any strides; float64, float32, bfloat16 or float16.

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from moeroute_kernels.activations import activate, split_pre_activation
+from moeroute_kernels.reference_lora import gated_lora
 
-__all__ = ["SortedSlots", "combine", "expert_sort", "grouped_mm", "routed_mlp"]
+__all__ = ["SortedSlots", "combine", "expert_sort", "gated_lora", "grouped_mm", "routed_mlp"]
 
 
 class SortedSlots(NamedTuple):

@@ -130,7 +130,9 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, gate_up, down, _, routing_weights, gate_up_bias, down_bias, *form, keep = inputs
     if not keep:
-        raise ValueError("routed_mlp: an input requires grad, so the op must be called with keep=True")
+        raise ValueError(
+            "routed_mlp: an input requires grad, so the op must be called with keep=True"
+        )
     _, pre, order, expert_offsets = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(pre, order, expert_offsets)
@@ -177,14 +179,14 @@ def routed_mlp(
         y[t] = sum_k w[t, k] * (down[e] act(gate_up[e] x[t] + b1[e]) + b2[e]),  e = ids[t, k]
 
     Deterministic; a token's slots are summed in float32 and in slot order. Gradients reach x, the
-    weights, the biases and routing_weights, each made only if asked for; an expert without rows gets
-    a zero gradient. float16 on a CPU is computed in float32. Under autocast x, weights and biases are
-    cast, routing_weights is not.
+    weights, the biases and routing_weights, each made only if asked for; an expert without rows
+    gets a zero gradient. float16 on a CPU is computed in float32. Under autocast x, weights and
+    biases are cast, routing_weights is not.
 
     Args:
         x: (T, H), any strides; float64, float32, bfloat16 or float16.
-        gate_up: (E, 2I, H) for a gated activation, (E, I, H) otherwise, the dtype of x, any strides:
-            pass a transposed checkpoint as its `.transpose(1, 2)`.
+        gate_up: (E, 2I, H) for a gated activation, (E, I, H) otherwise, the dtype of x, any
+            strides: pass a transposed checkpoint as its `.transpose(1, 2)`.
         down: (E, H, I), likewise.
         selected_experts: (T, K) integers; anything outside [0, E) is an empty slot; the same expert
             may fill several slots of a token.
