@@ -1,7 +1,9 @@
 """Layers that host a router, and the experts that stand behind it."""
 
+from moeroute.layers.experts import ExpertActivation as ExpertActivation
 from moeroute.layers.experts import MLPExperts as MLPExperts
 from moeroute.layers.experts import SwiGLUExperts as SwiGLUExperts
+from moeroute.layers.feed_forward import SwiGLUFeedForward as SwiGLUFeedForward
 from moeroute.layers.lora_bank import LoRABank as LoRABank
 from moeroute.layers.lora_ffn import LoRAFeedForwardMixture as LoRAFeedForwardMixture
 from moeroute.layers.lora_mixture import LoRAMixture as LoRAMixture
@@ -9,6 +11,7 @@ from moeroute.layers.module_experts import ModuleExperts as ModuleExperts
 from moeroute.layers.moe import MoELayer as MoELayer
 
 __all__ = [
+    "ExpertActivation",
     "LoRABank",
     "LoRAFeedForwardMixture",
     "LoRAMixture",
@@ -16,4 +19,5 @@ __all__ = [
     "MoELayer",
     "ModuleExperts",
     "SwiGLUExperts",
+    "SwiGLUFeedForward",
 ]

@@ -12,13 +12,21 @@ from moeroute.types import RouterOutput
 
 
 class ModuleExperts(nn.Module):
-    """E modules, each (rows, H) to (rows, H): the general form, for experts of different shapes.
+    """E modules, each (rows, H) to (rows, O): the general form, for experts of different kinds.
 
-    It reads how many rows each expert has, which waits for the device, and launches every expert by
-    itself; stacked experts (`SwiGLUExperts`, `MLPExperts`) do neither.
+        y[t] = sum_k w[t, k] expert_e(x[t]),  e = ids[t, k]
+
+    Reads how many rows each expert has, which waits for the device and breaks a
+    `torch.compile(fullgraph=True)`, and launches every expert by itself; stacked experts
+    (`SwiGLUExperts`, `MLPExperts`) do neither. An expert that nobody chose is called with zero
+    rows, so that its parameters get a zero gradient like those of stacked experts.
 
     Args:
-        experts: The modules; expert e is the e-th.
+        experts: The modules; expert e is the e-th. They answer row by row: a row's result must not
+            depend on the other rows.
+
+    Shapes:
+        tokens: (T, H); the output is (T, O) in the dtype that the experts answer in.
 
     Raises:
         ValueError: There are none.
@@ -32,14 +40,13 @@ class ModuleExperts(nn.Module):
         self.num_experts = len(experts)
 
     def forward(self, tokens: Tensor, routing: RouterOutput) -> Tensor:
-        """Weighted sum of the chosen experts: (T, H) to (T, H) in the tokens' dtype."""
+        """Weighted sum of the chosen experts, one row a token; zero where all slots are empty."""
         plan = plan_dispatch(routing)
-        rows = dispatch(tokens, plan)
+        rows = dispatch(tokens, plan)  # (N, H)
         ends = plan.expert_offsets.tolist()
-        starts = [0, *ends[:-1]]
-        pieces = [
+        answers = [
             expert(rows[start:end])
-            for expert, start, end in zip(self.experts, starts, ends, strict=True)
+            for expert, start, end in zip(self.experts, [0, *ends], ends, strict=False)
         ]
-        pieces.append(rows[ends[-1] :].detach())
-        return combine(torch.cat(pieces), routing.routing_weights, plan).to(tokens.dtype)
+        empty = answers[0].new_zeros(rows.shape[0] - ends[-1], answers[0].shape[-1])
+        return combine(torch.cat([*answers, empty]), routing.routing_weights, plan)

@@ -2,40 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from torch import Tensor, nn
 
 from moeroute.layers.experts import SwiGLUExperts
+from moeroute.layers.feed_forward import SwiGLUFeedForward
 from moeroute.layers.routed import route
+from moeroute.losses.balance import BalanceLoss
+from moeroute.routers.composed import ComposedRouter
 from moeroute.routers.families import mixtral_router
 from moeroute.routing_pass import RoutingPass
-from moeroute.types import AuxLoss
+from moeroute.types import AuxLoss, Experts, Router
 
 
 class MoELayer(nn.Module):
     """Routes every token to some experts and sums their weighted outputs.
 
-        y = sum_k w_k expert_{e_k}(x)  [+ sigmoid(gate(x)) * shared(x)]
+        y = sum_k w_k expert_{e_k}(x)  [+ shared(x)  or  + sigmoid(gate(x)) * shared(x)]
+
+    In training a layer with losses keeps a `RoutingRecord` of its last forward in `routing_pass`;
+    `moeroute.aux_losses(model)` turns the records of a model into a loss. Nothing adds it to your
+    loss by itself.
 
     Args:
-        router: A `moeroute.types.Router`.
-        experts: A `moeroute.types.Experts` over as many experts.
+        router: A `moeroute.types.Router`, such as `moeroute.routers.mixtral_router(...)`.
+        experts: A `moeroute.types.Experts` over as many experts, such as `SwiGLUExperts`.
         shared_expert: A module that every token passes, (T, H) to (T, H).
-        shared_expert_gate: A linear, H to 1, whose sigmoid weighs the shared expert (Qwen2-MoE).
-        losses: What this layer asks to be charged in training; `moeroute.aux_losses(model)` adds
-            them up over a model.
-        site: Name of the layer in records; found by `moeroute.track_routing` if left empty.
+        shared_expert_gate: A module, (T, H) to (T, 1), whose sigmoid weighs the shared expert
+            (Qwen2-MoE: a linear without bias).
+        losses: What this layer asks to be charged in training.
+        site: Name of the layer in records; left empty, it is found when it is needed.
         layer_index: Position in depth, -1 if it has none.
 
     Shapes:
-        hidden_states: (B, S, H) or (T, H), any floating dtype; the output has its shape and dtype.
+        hidden_states: (B, S, H) or (T, H), any strides, any floating dtype that the experts take;
+            the output has its shape, and its dtype (the autocast dtype under autocast).
 
     Raises:
-        ValueError: Router and experts count differently, or a gate comes without a shared expert.
+        ValueError: Router and experts differ in the number of experts or in width, one of them is
+            none, or a gate comes without a shared expert.
 
     Example:
         >>> layer = MoELayer.build(hidden_size=64, intermediate_size=128, num_experts=8, top_k=2)
         >>> y = layer(torch.randn(2, 5, 64))
+        >>> loss = y.square().mean() + moeroute.aux_losses(layer).total
     """
 
     shared_expert: nn.Module | None
@@ -53,13 +65,11 @@ class MoELayer(nn.Module):
         layer_index: int = -1,
     ) -> None:
         super().__init__()
-        if router.num_experts != experts.num_experts:
-            raise ValueError(
-                f"the router chooses among {router.num_experts} experts but there are "
-                f"{experts.num_experts}; give both the same num_experts"
-            )
+        _check_pair(router, experts)
         if shared_expert_gate is not None and shared_expert is None:
-            raise ValueError("shared_expert_gate has no shared_expert to weigh; pass one")
+            raise ValueError(
+                "shared_expert_gate weighs a shared_expert, but there is none; pass one"
+            )
         self.router = router
         self.experts = experts
         self.shared_expert = shared_expert
@@ -77,25 +87,34 @@ class MoELayer(nn.Module):
         intermediate_size: int,
         num_experts: int,
         top_k: int,
-        losses: tuple[AuxLoss, ...] = (),
+        shared_intermediate_size: int | None = None,
+        losses: tuple[AuxLoss, ...] = (BalanceLoss(weight=0.01),),
     ) -> MoELayer:
-        """The common case: softmax top-k routing, renormalised, over SwiGLU experts (Mixtral).
+        """Build the common case: renormalised softmax top-k over SwiGLU experts (Mixtral).
 
         Args:
             hidden_size: H.
             intermediate_size: I of one expert.
             num_experts: E.
-            top_k: Experts a token.
-            losses: As for the layer.
+            top_k: Experts a token, 1 <= top_k <= num_experts.
+            shared_intermediate_size: I of an ungated shared expert; None builds none.
+            losses: As for the layer; by default a balance loss.
+
+        Raises:
+            ValueError: A size is below 1, or top_k is outside 1..num_experts.
         """
+        shared = None
+        if shared_intermediate_size is not None:
+            shared = SwiGLUFeedForward(hidden_size, shared_intermediate_size)
         return cls(
             router=mixtral_router(hidden_size, num_experts, top_k),
             experts=SwiGLUExperts(num_experts, hidden_size, intermediate_size),
+            shared_expert=shared,
             losses=losses,
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., H) to (..., H)."""
+        """Apply the layer to (B, S, H) or (T, H)."""
         routing = route(self, hidden_states, self.experts)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
         mixed = self.experts(tokens, routing)
@@ -105,3 +124,38 @@ class MoELayer(nn.Module):
                 shared = torch.sigmoid(self.shared_expert_gate(tokens)) * shared
             mixed = mixed + shared
         return mixed.reshape(hidden_states.shape)
+
+    def extra_repr(self) -> str:
+        """Losses and place, for `print(model)`."""
+        told = {"losses": self.losses, "site": self.site}
+        return ", ".join(f"{name}={value!r}" for name, value in told.items() if value)
+
+
+@runtime_checkable
+class _HasHiddenSize(Protocol):
+    """Experts that take tokens of one width."""
+
+    hidden_size: int
+
+
+def _check_pair(router: nn.Module, experts: nn.Module) -> None:
+    counts = []
+    for role, part, protocol in (("router", router, Router), ("experts", experts, Experts)):
+        if not isinstance(part, protocol):
+            raise ValueError(
+                f"{role} is a {type(part).__name__}, which has no num_experts; pass a "
+                f"moeroute.types.{protocol.__name__}, or give it that attribute"
+            )
+        counts.append(part.num_experts)
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"the router chooses among num_experts={counts[0]} but there are "
+            f"num_experts={counts[1]}; give both the same"
+        )
+    expected = router.in_features if isinstance(router, ComposedRouter) else None
+    width = experts.hidden_size if isinstance(experts, _HasHiddenSize) else None
+    if None not in (expected, width) and expected != width:
+        raise ValueError(
+            f"the router takes tokens of in_features={expected} but the experts of "
+            f"hidden_size={width}; give both the same"
+        )

@@ -1,27 +1,37 @@
 """Shazeer's importance loss: the spread of the total weight that experts receive.
 
-    L = CV(importance)^2,  importance_e = sum over tokens of w_te
+    L = CV(importance)^2 = var / mean^2,  importance_e = sum over tokens of w_te
 
 Source: Outrageously Large Neural Networks, Shazeer et al., 2017, arXiv 1701.06538, equations 6-7.
+Differences from the paper: the variance is over E, not E - 1, so that one expert gives 0. The
+paper's second loss, on a smooth estimator of the load, is not part of this.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moeroute.losses.masked import masked_mean
 from moeroute.types import RoutingRecord
 
+EPS = 1e-10
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportanceLoss:
-    """Pushes experts towards equal total routing weight. Padding is left out; 0 at perfect balance.
+    """Pushes experts towards equal total routing weight.
+
+    0 at perfect balance and without real tokens, E - 1 if one expert takes all. The gradient flows
+    through the routing weights. Padding and empty slots are left out.
 
     Args:
-        weight: Coefficient in the total. A total takes the mean over the layers that ask for this
-            loss.
+        weight: Coefficient in the total, which takes the mean over the layers that ask for it.
+
+    Shapes:
+        routing_weights, selected_experts: (T, K); the loss is a scalar in the weights' dtype.
     """
 
     weight: float = 0.1
@@ -29,9 +39,11 @@ class ImportanceLoss:
     def __call__(self, record: RoutingRecord) -> Tensor:
         """The loss of one layer: a scalar, unweighted."""
         routing = record.routing
-        size = routing.num_experts
-        spread = routing.routing_weights.new_zeros(routing.routing_weights.shape[0], size + 1)
-        spread = spread.scatter_add(1, routing.selected_experts, routing.routing_weights)
-        importance = masked_mean(spread[:, :size], record.token_mask)  # (E,)
-        mean = importance.mean()
-        return importance.var(unbiased=False) / mean.square().clamp(min=1e-20)
+        size, ids = routing.num_experts, routing.selected_experts
+        filled = (ids >= 0) & (ids < size)
+        weights = routing.routing_weights.masked_fill(~filled, 0.0)
+        table = weights.new_zeros(ids.shape[0], size)
+        table = table.scatter_add(1, torch.where(filled, ids, 0), weights)  # (T, E)
+        importance = masked_mean(table, record.token_mask)
+        spread = (importance - importance.mean()).square().mean()
+        return spread / (importance.mean().square() + EPS)

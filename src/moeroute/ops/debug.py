@@ -1,4 +1,4 @@
-"""Checks that cost a device synchronisation, made only where MOEROUTE_DEBUG=1 is set."""
+"""Checks that wait for the device, made only where the environment sets MOEROUTE_DEBUG=1."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from torch import Tensor
 
 
 def debugging() -> bool:
-    """True if the environment asks for checked routing; it is read at every call."""
+    """True if the environment asks for checks; read at every call, so that it can be switched."""
     return os.environ.get("MOEROUTE_DEBUG", "0") not in ("", "0")
 
 
-def check_finite(router_logits: Tensor) -> None:
-    """Raise if a router's logits are not numbers.
+def check_router_logits(router_logits: Tensor) -> None:
+    """Raise if a router's logits are not numbers; does nothing unless MOEROUTE_DEBUG=1.
+
+    Without the switch, and inside `torch.compile`, NaN is no error: it sorts above all numbers, so
+    such a token keeps ids inside [0, E), its weights and its output are NaN, and no other token
+    notices.
 
     Args:
         router_logits: (T, E).
 
     Raises:
-        ValueError: MOEROUTE_DEBUG=1 is set and a logit is NaN. Without it, NaN sorts above all
-            numbers: such a token keeps ids inside [0, E) and its output is NaN.
+        ValueError: A logit is NaN; names the first such token.
     """
     if torch.compiler.is_compiling() or not debugging():
         return
     bad = torch.isnan(router_logits).any(dim=-1)
     if bool(bad.any()):
-        first = int(bad.nonzero()[0, 0])
         raise ValueError(
-            f"{int(bad.sum())} of {bad.numel()} tokens have NaN router logits, first token "
-            f"{first}; look for "
-            "NaN or overflow in the layers before this router"
+            f"{int(bad.sum())} of {bad.numel()} tokens have NaN router logits, the first is token "
+            f"{int(bad.nonzero()[0, 0])}; look for NaN or overflow in the layers before this "
+            "router and in the router's weights"
         )

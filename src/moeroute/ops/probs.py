@@ -1,22 +1,27 @@
-"""Logits to probabilities: the functions that selections are made of."""
+"""Logits to probabilities: the functions that selections and losses are made of.
+
+Each takes (T, E) router logits and answers in their shape and dtype.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+TINY = 1e-20
+
 
 def softmax_probs(router_logits: Tensor) -> Tensor:
-    """Softmax over experts: (T, E) -> (T, E), rows sum to 1."""
+    """Softmax over experts: rows sum to 1."""
     return torch.softmax(router_logits, dim=-1)
 
 
 def sigmoid_probs(router_logits: Tensor) -> Tensor:
-    """Sigmoid of each expert's logit by itself: (T, E) -> (T, E) in (0, 1)."""
+    """Sigmoid of each expert's logit by itself: in (0, 1), rows sum to anything."""
     return torch.sigmoid(router_logits)
 
 
 def normalized_sigmoid_probs(router_logits: Tensor) -> Tensor:
-    """Sigmoid divided by its row sum: (T, E) -> (T, E), for losses over sigmoid routers."""
+    """Sigmoid divided by its row's sum: rows sum to 1; for losses over sigmoid routers."""
     probs = torch.sigmoid(router_logits)
-    return probs / probs.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+    return probs / (probs.sum(dim=-1, keepdim=True) + TINY)

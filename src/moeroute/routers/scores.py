@@ -1,7 +1,11 @@
-"""Scores: tokens to one logit an expert."""
+"""Scores: tokens to one logit an expert.
+
+Axes: T tokens, H hidden, E experts.
+"""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -17,7 +21,7 @@ class Score(Protocol):
     num_experts: int
 
     def __call__(self, router_input: RouterInput, /) -> Tensor:
-        """(T, E) float32 logits (float64 for float64 tokens), raw."""
+        """Answer (T, E) float32 logits (float64 for float64 tokens), raw."""
         ...
 
 
@@ -28,8 +32,9 @@ class LinearScore(nn.Module):
         in_features: H.
         num_experts: E, at least 1.
         bias: Adds one bias an expert.
-        compute_dtype: What the product is computed in. None: float32, or wider if tokens or weight
-            are; a dtype: that one, as some checkpoints were trained (torch.bfloat16, say).
+        compute_dtype: What the product is computed in, under autocast too. None: float32, or wider
+            if tokens or weight are. A dtype: that one, for checkpoints whose gate computes in the
+            model's dtype (torch.bfloat16, say).
         init_std: Standard deviation of the normal initialisation.
 
     Shapes:
@@ -37,7 +42,7 @@ class LinearScore(nn.Module):
         router_logits: (T, E) float32, or float64.
 
     Raises:
-        ValueError: num_experts or in_features is below 1.
+        ValueError: num_experts or in_features is below 1; in forward, tokens of another width.
     """
 
     bias: nn.Parameter | None
@@ -53,6 +58,7 @@ class LinearScore(nn.Module):
     ) -> None:
         super().__init__()
         _check_sizes(in_features, num_experts)
+        self.in_features = in_features
         self.num_experts = num_experts
         self.compute_dtype = compute_dtype
         self.init_std = init_std
@@ -67,22 +73,23 @@ class LinearScore(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, router_input: RouterInput) -> Tensor:
-        """(T, E) logits."""
+        """Answer (T, E) logits."""
         return linear_logits(router_input.hidden_states, self.weight, self.bias, self.compute_dtype)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
-        return f"in_features={self.weight.shape[1]}, num_experts={self.num_experts}"
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, num_experts={self.num_experts}, bias={bias}"
 
 
 class NoisyLinearScore(nn.Module):
     """Linear logits plus, in training, normal noise whose scale each token chooses.
 
-        logits = W_g x + z * softplus(W_n x),  z ~ N(0, 1)
+        logits = W_g x + z * softplus(W_n x),  z ~ N(0, 1), one draw a token and expert
 
     Source: Outrageously Large Neural Networks, Shazeer et al., 2017, arXiv 1701.06538, equations
-        3-5.
-    Both weights start at zero, as the paper proposes, so that the load is even at first.
+    3-5. Both weights start at zero, as the paper proposes: every expert is then equally likely in
+    training, while in eval mode (no noise) an untrained router sees nothing but ties.
 
     Args:
         in_features: H.
@@ -90,21 +97,29 @@ class NoisyLinearScore(nn.Module):
 
     Shapes:
         weight, noise_weight: (E, H), zero at first.
-        router_logits: (T, E) float32, with the noise in training: it is what the selection saw.
+        router_logits: (T, E) float32, or float64; in training with the noise, as the selection saw
+            them, so that the gradient reaches noise_weight through the routing weights.
 
     Raises:
-        ValueError: num_experts or in_features is below 1.
+        ValueError: num_experts or in_features is below 1; in forward, tokens of another width.
     """
 
     def __init__(self, in_features: int, num_experts: int) -> None:
         super().__init__()
         _check_sizes(in_features, num_experts)
+        self.in_features = in_features
         self.num_experts = num_experts
-        self.weight = nn.Parameter(torch.zeros(num_experts, in_features))
-        self.noise_weight = nn.Parameter(torch.zeros(num_experts, in_features))
+        self.weight = nn.Parameter(torch.empty(num_experts, in_features))
+        self.noise_weight = nn.Parameter(torch.empty(num_experts, in_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Both weights zero."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.noise_weight)
 
     def forward(self, router_input: RouterInput) -> Tensor:
-        """(T, E) logits."""
+        """Answer (T, E) logits."""
         tokens = router_input.hidden_states
         logits = linear_logits(tokens, self.weight, None, None)
         if not self.training:
@@ -114,7 +129,7 @@ class NoisyLinearScore(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
-        return f"in_features={self.weight.shape[1]}, num_experts={self.num_experts}"
+        return f"in_features={self.in_features}, num_experts={self.num_experts}"
 
 
 def linear_logits(
@@ -134,20 +149,25 @@ def linear_logits(
     if tokens.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"tokens are {tokens.shape[-1]} wide but the router was made for {weight.shape[1]}; "
-            "build "
-            f"it with in_features={tokens.shape[-1]}"
+            f"build it with in_features={tokens.shape[-1]}"
         )
     if compute_dtype is None:
-        compute_dtype = torch.promote_types(
-            torch.promote_types(tokens.dtype, weight.dtype), torch.float32
-        )
-    with torch.autocast(tokens.device.type, enabled=False):
+        widest = torch.promote_types(tokens.dtype, weight.dtype)
+        compute_dtype = torch.promote_types(widest, torch.float32)
+    with _without_autocast(tokens.device.type):
         logits = functional.linear(
             tokens.to(compute_dtype),
             weight.to(compute_dtype),
             None if bias is None else bias.to(compute_dtype),
         )
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Switch autocast off, on the devices that have it (the meta device has none)."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _check_sizes(in_features: int, num_experts: int) -> None:
