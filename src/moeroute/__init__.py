@@ -22,12 +22,13 @@ from moeroute.methods import list_methods as list_methods
 from moeroute.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from moeroute.integration.adapters.files import save_adapter as save_adapter
+    from moeroute.integration.adapters.peft_method import MoeRouteConfig as MoeRouteConfig
+    from moeroute.integration.adapters.wrap import unwrap_model as unwrap_model
+    from moeroute.integration.adapters.wrap import wrap_model as wrap_model
     from moeroute.integration.callback import RoutingCallback as RoutingCallback
     from moeroute.integration.doctor import doctor as doctor
-    from moeroute.integration.peft_method import MoeRouteConfig as MoeRouteConfig
     from moeroute.integration.track import track_routing as track_routing
-    from moeroute.integration.wrap import unwrap_model as unwrap_model
-    from moeroute.integration.wrap import wrap_model as wrap_model
 
 __all__ = [
     "MixLoRA",
@@ -43,6 +44,7 @@ __all__ = [
     "list_methods",
     "losses",
     "routers",
+    "save_adapter",
     "track_routing",
     "unwrap_model",
     "wrap_model",
@@ -52,12 +54,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Load what needs transformers or PEFT when it is asked for."""
     module = {
-        "MoeRouteConfig": "peft_method",
+        "MoeRouteConfig": "adapters.peft_method",
         "RoutingCallback": "callback",
         "doctor": "doctor",
+        "save_adapter": "adapters.files",
         "track_routing": "track",
-        "unwrap_model": "wrap",
-        "wrap_model": "wrap",
+        "unwrap_model": "adapters.wrap",
+        "wrap_model": "adapters.wrap",
     }.get(name)
     if module is None:
         raise AttributeError(f"module 'moeroute' has no attribute {name!r}")

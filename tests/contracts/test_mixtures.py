@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import moeroute
-from moeroute.integration.site_host import SiteHost
+from moeroute.integration.adapters.site_host import SiteHost
 
 METHODS = moeroute.list_methods()
 SMALL = {"r": 3, "num_experts": 4}

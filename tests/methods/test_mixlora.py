@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from moeroute.integration.sites import make_site
+from moeroute.integration.adapters.sites import make_site
 from moeroute.methods import MixLoRA
 
 

@@ -44,7 +44,7 @@ def _watch_ignored_experts(_: ModuleType) -> None:
 
 
 def _register_peft_method(_: ModuleType) -> None:
-    importlib.import_module("moeroute.integration.peft_method")
+    importlib.import_module("moeroute.integration.adapters.peft_method")
 
 
 WATCHED: Mapping[str, Callable[[ModuleType], None]] = MappingProxyType(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import replace
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 NEAREST = 10
 TOLERANCE = 0.02
+STACK_NDIM = 3
 
 MLP_PARTS: tuple[dict[str, str], ...] = (
     {"gate": "gate_proj", "up": "up_proj", "down": "down_proj", "act": "act_fn"},
@@ -159,6 +160,7 @@ def check_feed_forward(sites: Sequence[Site]) -> None:
         if type(site.module) in seen or weight is None or weight.device.type == "meta":
             continue
         seen.add(type(site.module))
+        _check_no_dropout(site)
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         probe = torch.linspace(-1, 1, 2 * site.in_features, device=weight.device, dtype=dtype)
         probe = probe.view(1, 2, site.in_features)
@@ -179,9 +181,33 @@ def check_feed_forward(sites: Sequence[Site]) -> None:
             )
 
 
-def with_module(site: Site, module: nn.Module) -> Site:
-    """The same site holding another module."""
-    return replace(site, module=module)
+def warn_of_untouched_experts(model: nn.Module) -> None:
+    """Say that stacked experts stay as they are: they are no linears, and match no name."""
+    stacks = [
+        name
+        for name, module in model.named_modules()
+        if any(parameter.ndim == STACK_NDIM for parameter in module.parameters(recurse=False))
+        and isinstance(getattr(module, "num_experts", None), int)
+    ]
+    if stacks:
+        warnings.warn(
+            f"{len(stacks)} stacks of experts get no adapter (first: {stacks[0]}): their weights "
+            "are 3-D "
+            "parameters, not linears. To adapt them use peft.LoraConfig(target_parameters=[...]); "
+            "name "
+            "target_modules to silence this",
+            stacklevel=2,
+        )
+
+
+def _check_no_dropout(site: Site) -> None:
+    for name, module in site.module.named_modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            raise ValueError(
+                f"{site.name}.{name} drops out with p={module.p} in training, which a mixture over "
+                "this "
+                "block would skip; load the model with that dropout at 0"
+            )
 
 
 def _layer_index(name: str) -> int:

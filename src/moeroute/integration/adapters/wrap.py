@@ -8,9 +8,9 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from moeroute.integration.peft_method import MoeRouteConfig
-from moeroute.integration.root_hooks import disconnect
-from moeroute.integration.site_host import SiteHost
+from moeroute.integration.adapters.peft_method import MoeRouteConfig
+from moeroute.integration.adapters.root_hooks import disconnect
+from moeroute.integration.adapters.site_host import SiteHost
 from moeroute.methods.registry import build_method, method_field_names
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def wrap_model(
             f"{type(model).__name__} carries an adapter already, at {foreign[0]}; unwrap it first "
             "(moeroute.unwrap_model, or unload() of the PeftModel that made it)"
         )
-    return get_peft_model(model, config, adapter_name=adapter_name)  # type: ignore[return-value]
+    return get_peft_model(model, config, adapter_name=adapter_name)
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
@@ -78,8 +78,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     disconnect(model)
     if hasattr(model, "peft_config"):
         del model.peft_config
-    if hasattr(model, "_hf_peft_config_loaded"):
-        model._hf_peft_config_loaded = False
+    model.__dict__.pop("_hf_peft_config_loaded", None)
     return model
 
 

@@ -12,17 +12,18 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.peft_types import register_peft_method
 from torch import nn
 
-from moeroute.integration.adapter_files import check_adapter_keys
-from moeroute.integration.root_hooks import connect, disconnect
-from moeroute.integration.site_host import MERGE_IS_UNDEFINED, SITE_PREFIX, SiteHost
-from moeroute.integration.sites import (
+from moeroute.integration.adapters.files import check_adapter_keys
+from moeroute.integration.adapters.root_hooks import connect, disconnect
+from moeroute.integration.adapters.site_host import MERGE_IS_UNDEFINED, SITE_PREFIX, SiteHost
+from moeroute.integration.adapters.sites import (
     check_feed_forward,
     check_targets,
     default_targets,
     find_sites,
+    warn_of_untouched_experts,
 )
 from moeroute.methods.registry import build_method, method_fields, method_name
-from moeroute.types import Method, Site
+from moeroute.types import Method
 from moeroute.version import __version__
 
 METHOD_NAME = "moeroute"
@@ -137,6 +138,8 @@ class MoeRouteModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         config = _own_config(peft_config)
         kind = config.build_method().site_kind
+        if kind == "linear" and config.target_modules in (None, "all-linear"):
+            warn_of_untouched_experts(self.model)
         if config.target_modules is None:
             config.target_modules = default_targets(self.model, kind)  # type: ignore[assignment]
         elif config.target_modules == "all-linear" and kind == "linear":
@@ -227,11 +230,6 @@ def _inside_host(model: nn.Module, name: str) -> bool:
         isinstance(model.get_submodule(".".join(parents[:depth])), SiteHost)
         for depth in range(1, len(parents))
     )
-
-
-def sites_of(model: nn.Module, method: Method) -> list[Site]:
-    """Every place in a model where a method could stand."""
-    return find_sites(model, method.site_kind)
 
 
 register_peft_method(

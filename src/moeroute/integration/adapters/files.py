@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeroute.integration.site_host import SITE_PREFIX
+from peft.utils import CONFIG_NAME
+
+from moeroute.integration.adapters.site_host import SITE_PREFIX
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch import Tensor, nn
 
 SHOWN = 5
+
+
+def save_adapter(model: PeftModel, directory: str | Path) -> None:
+    """Save a wrapped model's adapters so that a crash leaves the old files or the new ones.
+
+    Writes what `model.save_pretrained` writes into a new folder beside `directory`, then renames
+    file by file, the config last: a folder without a config is not taken for an adapter.
+
+    Args:
+        model: What `moeroute.wrap_model` returned.
+        directory: Where to; made if it is missing.
+
+    Raises:
+        OSError: The place cannot be written; nothing in `directory` has changed.
+        ValueError: `directory` is a file.
+    """
+    target = Path(directory)
+    if target.is_file():
+        raise ValueError(f"{target} is a file; name a directory to save the adapter in")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=target.name + ".", dir=target.parent) as aside:
+        model.save_pretrained(aside)
+        written = [path for path in Path(aside).rglob("*") if path.is_file()]
+        for path in sorted(written, key=lambda path: path.name == CONFIG_NAME):
+            final = target / path.relative_to(aside)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, final)
 
 
 def check_adapter_keys(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
