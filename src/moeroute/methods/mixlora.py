@@ -7,8 +7,8 @@
 
 Source: MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mixture of Experts, Li
 et al., 2024, arXiv 2404.15159; read from the official code. Differences from the paper: attention
-is left alone (the paper adds one ordinary LoRA to each attention projection); W2 runs once a token on
-the mixed hidden activation, which is equal because the weights sum to 1; the balance loss is
+is left alone (the paper adds one ordinary LoRA to each attention projection); W2 runs once a token
+on the mixed hidden activation, which is equal because the weights sum to 1; the balance loss is
 averaged over blocks.
 """
 
