@@ -95,3 +95,10 @@ def test_gradcheck_of_dispatch():
     tokens = torch.randn(TOKENS, 2, dtype=torch.float64, requires_grad=True)
     filled = int(plan.expert_offsets[-1])
     assert torch.autograd.gradcheck(lambda x: ops.dispatch(x, plan)[:filled], (tokens,))
+
+
+def test_opcheck_of_dispatch():
+    plan = ops.plan_slots(random_ids(), EXPERTS)
+    tokens = torch.randn(TOKENS, 2, requires_grad=True)
+    arguments = (tokens, plan.token_index, plan.row_index, plan.expert_offsets)
+    torch.library.opcheck(torch.ops.moeroute.dispatch.default, arguments)

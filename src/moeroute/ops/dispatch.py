@@ -64,7 +64,7 @@ def dispatch(tokens: Tensor, plan: DispatchPlan) -> Tensor:
         (N, H) rows in expert order, in the dtype of tokens. Rows from expert_offsets[-1] on belong
         to empty slots; the gradient that arrives at them is never read.
     """
-    return _Dispatch.apply(tokens, plan.token_index, plan.row_index, plan.expert_offsets)
+    return _dispatch_op(tokens, plan.token_index, plan.row_index, plan.expert_offsets)
 
 
 def combine(rows: Tensor, routing_weights: Tensor, plan: DispatchPlan) -> Tensor:
@@ -87,23 +87,30 @@ def combine(rows: Tensor, routing_weights: Tensor, plan: DispatchPlan) -> Tensor
     return combine_rows(rows, routing_weights, plan.row_index, plan.expert_offsets)
 
 
-class _Dispatch(torch.autograd.Function):
-    """A gather whose backward is `combine` with every weight 1."""
+@torch.library.custom_op("moeroute::dispatch", mutates_args=())
+def _dispatch_op(
+    tokens: Tensor, token_index: Tensor, row_index: Tensor, expert_offsets: Tensor
+) -> Tensor:
+    return tokens.index_select(0, token_index)
 
-    @staticmethod
-    def forward(
-        ctx: Any, tokens: Tensor, token_index: Tensor, row_index: Tensor, expert_offsets: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(row_index, expert_offsets)
-        ctx.num_tokens = tokens.shape[0]
-        return tokens.index_select(0, token_index)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        (gradient,) = gradients
-        row_index, expert_offsets = ctx.saved_tensors
-        slots = row_index.shape[0] // max(ctx.num_tokens, 1)
-        ones = gradient.new_ones((ctx.num_tokens, slots))
-        return combine_rows(gradient, ones, row_index, expert_offsets), None, None, None
+@_dispatch_op.register_fake
+def _(tokens: Tensor, token_index: Tensor, row_index: Tensor, expert_offsets: Tensor) -> Tensor:
+    return tokens.new_empty((token_index.shape[0], tokens.shape[1]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    tokens, _, row_index, expert_offsets = inputs
+    ctx.num_tokens = tokens.shape[0]
+    ctx.save_for_backward(row_index, expert_offsets)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Undo the gather with `combine`: every weight 1, empty slots not read."""
+    row_index, expert_offsets = ctx.saved_tensors
+    slots = row_index.shape[0] // max(ctx.num_tokens, 1)
+    ones = gradient.new_ones((ctx.num_tokens, slots))
+    return combine_rows(gradient, ones, row_index, expert_offsets), None, None, None
+
+
+torch.library.register_autograd(_dispatch_op, _backward, setup_context=_setup_context)
