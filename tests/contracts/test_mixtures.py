@@ -267,3 +267,76 @@ def test_every_tensor_of_the_adapter_is_saved(name, make_llama, tmp_path):
     saved = load_file(tmp_path / "adapter_model.safetensors")
     own = {key for key in model.state_dict() if "moeroute_site" in key}
     assert {key.replace(".moeroute_site.default.", ".moeroute_site.") for key in own} == set(saved)
+
+
+def test_autocast_agrees_with_full_precision(name, make_llama, batch):
+    model = wake(wrapped(make_llama, name), scale=0.05).train()
+    expected = model(**batch).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**batch).loss
+    assert (loss - expected).abs() < 0.02 * expected
+    loss.backward()
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.isfinite(parameter.grad).all(), key
+
+
+def test_low_precision_base_keeps_its_adapter_in_float32(name, make_llama, batch):
+    for dtype in (torch.bfloat16, torch.float16):
+        model = moeroute.wrap_model(make_llama().to(dtype), small(name)).train()
+        added = {p.dtype for k, p in model.named_parameters() if "moeroute_site" in k}
+        assert added == {torch.float32}
+        output = wake(model, scale=0.05)(**batch)
+        assert output.logits.dtype == dtype
+        output.loss.backward()
+        exact = wake(moeroute.wrap_model(make_llama(), small(name)), scale=0.05)(**batch).loss
+        assert (output.loss - exact).abs() < 0.02 * exact
+
+
+def test_no_tokens_no_trouble(name, make_llama):
+    model = wake(wrapped(make_llama, name)).train()
+    host = next(module for module in model.modules() if isinstance(module, SiteHost))
+    for shape in ((0, 5, 32), (2, 0, 32), (0, 32)):
+        out = host(torch.zeros(shape, requires_grad=True))
+        assert out.shape[:-1] == shape[:-1]
+        out.sum().backward()
+
+
+def test_strided_and_expanded_inputs(name, make_llama):
+    model = wake(wrapped(make_llama, name), scale=0.05).eval()
+    host = next(module for module in model.modules() if isinstance(module, SiteHost))
+    token = torch.randn(1, 1, 32)
+    expanded = token.expand(2, 3, 32)
+    torch.testing.assert_close(host(expanded), host(expanded.contiguous()))
+    strided = torch.randn(2, 32, 5).transpose(1, 2)
+    torch.testing.assert_close(host(strided), host(strided.contiguous()))
+
+
+def test_trains_with_trainer_and_resumes_with_the_same_losses(name, make_llama, batch, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": ids, "labels": ids.clone()} for ids in batch["input_ids"].repeat(4, 1)]
+
+    def train(steps, folder, resume=None):
+        torch.manual_seed(7)
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=3,
+            max_steps=steps,
+            lr_scheduler_type="constant",
+            learning_rate=0.01,
+            logging_steps=1,
+            save_steps=2,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        trainer = Trainer(model=wrapped(make_llama, name), args=arguments, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=resume)
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    whole = train(4, tmp_path / "whole")
+    train(2, tmp_path / "half")
+    resumed = train(4, tmp_path / "half", resume=str(tmp_path / "half" / "checkpoint-2"))
+    assert whole[-1] < whole[0]
+    assert resumed[-2:] == pytest.approx(whole[-2:], rel=1e-4)
