@@ -27,9 +27,9 @@ class BaseSettings:
     intermediate_size: int = 512
     num_layers: int = 6
     num_heads: int = 6
-    sequence_length: int = 256
-    batch_size: int = 16
-    steps: int = 200
+    sequence_length: int = 128
+    batch_size: int = 8
+    steps: int = 640
     learning_rate: float = 3e-3
     seed: int = 0
 
@@ -70,6 +70,7 @@ def make_checkpoint(
             num_key_value_heads=settings.num_heads,
             max_position_embeddings=4 * settings.sequence_length,
             tie_word_embeddings=True,
+            initializer_range=settings.hidden_size**-0.5,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

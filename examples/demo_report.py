@@ -2,6 +2,7 @@
 
 import resource
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from transformers import TrainerCallback
 from moeroute.methods import MixLoRA
 
 transformers.logging.disable_progress_bar()  # the demo has its own
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT's concern
 console = Console()
 LEVEL = 0.005  # nats per token; smaller gaps are called level
 

@@ -8,7 +8,9 @@ Python source of the standard library (demo_text.py says how both are split). Ea
 process of its own, on the same rows in the same order; the saved mixture is read back in a third.
 """
 
+import json
 import time
+from dataclasses import asdict
 
 import torch
 from demo_model import heldout_loss, logits_of
@@ -43,6 +45,7 @@ def main() -> None:
     mixture = MixLoRA(r=4, lora_alpha=8, num_experts=8, top_k=2, router_aux_loss_coef=0.01)
     lora = lora_of_equal_size(job, mixture)
     arms = [in_new_process(fine_tune, job, adapter) for adapter in (lora, mixture)]
+    (job.out / "results.json").write_text(json.dumps([asdict(arm) for arm in arms], indent=2))
     console.print(results_table(arms, job.target))
     console.print(verdict(*arms, job.target))
     in_new_process(read_back, job)

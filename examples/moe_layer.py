@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import moeroute
+from moeroute.losses import BalanceLoss, ZLoss
 
 
 class Block(nn.Module):
@@ -17,7 +18,11 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(hidden_size)
         self.moe = moeroute.MoELayer.build(
-            hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_experts=8, top_k=2
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
+            num_experts=8,
+            top_k=2,
+            losses=(BalanceLoss(weight=0.01), ZLoss(weight=1e-3)),
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, S, H)
