@@ -1,0 +1,1 @@
+"""Speed and memory of moeroute, side by side with its baselines; see README.md."""

@@ -1,0 +1,165 @@
+"""What one benchmark is: cases, inputs, providers and the right answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+from torch import Tensor
+
+__all__ = ["Benchmark", "Bound", "Case", "Inputs", "Provider", "leaf", "plainly", "select_cases"]
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row of the table, before a provider is chosen.
+
+    Attributes:
+        op: Name of the benchmark.
+        mode: "fwd" (no gradient), "fwd_bwd" (gradients of all leaves) or "mem".
+        shape_name: A name of `benchmarks.shapes`.
+        tokens: T.
+        dtype: Key of `benchmarks.shapes.DTYPES`.
+        routing: How tokens choose their experts.
+        device: A torch device.
+    """
+
+    op: str
+    mode: str
+    shape_name: str
+    tokens: int
+    dtype: str
+    routing: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The tensors of a case; floating ones are leaves that require a gradient.
+
+    Attributes:
+        weights: What stays the same between calls.
+        batches: What changes: the sets take turns.
+        gradients: One gradient of the output per batch.
+    """
+
+    weights: Tensors
+    batches: tuple[Tensors, ...]
+    gradients: tuple[Tensor, ...]
+
+    def leaves(self, index: int) -> dict[str, Tensor]:
+        """Everything that takes a gradient in batch `index`, by name."""
+        together = {**self.weights, **self.batches[index]}
+        return {name: tensor for name, tensor in together.items() if tensor.requires_grad}
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A provider with its inputs in place.
+
+    Attributes:
+        run: Index of a batch to the output.
+        leaves: Index of a batch to the tensors whose gradients are asked for, by name.
+    """
+
+    run: Callable[[int], Tensor]
+    leaves: Callable[[int], dict[str, Tensor]]
+
+
+def plainly(compute: Callable[[Tensors, Tensors], Tensor]) -> Callable[[Inputs], Bound]:
+    """Bind a function of weights and batch that needs no preparation."""
+
+    def bind(inputs: Inputs) -> Bound:
+        return Bound(lambda i: compute(inputs.weights, inputs.batches[i]), inputs.leaves)
+
+    return bind
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """One way to compute the op.
+
+    Attributes:
+        name: Stands in the tables and in results.csv.
+        bind: Puts the inputs in place; what it prepares is not timed.
+        peer: Whether the best of the peers may be this one.
+        checked: Whether its answer must be the reference's; a line of equal FLOPs has another.
+        skip: A reason not to run a case, or "".
+    """
+
+    name: str
+    bind: Callable[[Inputs], Bound]
+    peer: bool = True
+    checked: bool = True
+    skip: Callable[[Case], str] = lambda _: ""
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """One op or layer.
+
+    Attributes:
+        name: Of the op.
+        cases: Those that `python -m benchmarks.run` runs without arguments.
+        shape_names: Every shape that may be asked for.
+        make_inputs: Random inputs of order one for a case; never zeros, which are too fast.
+        reference: The definition, differentiable, computed in float32.
+        providers: Ours first, then the peers.
+    """
+
+    name: str
+    cases: Callable[[str], list[Case]]
+    shape_names: tuple[str, ...]
+    make_inputs: Callable[[Case], Inputs]
+    reference: Callable[[Tensors, Tensors], Tensor]
+    providers: tuple[Provider, ...]
+
+
+def select_cases(
+    cases: list[Case],
+    *,
+    modes: list[str] | None,
+    shapes: list[str] | None,
+    tokens: list[int] | None,
+    dtypes: list[str] | None,
+    routings: list[str] | None,
+) -> list[Case]:
+    """Narrow the default cases, or make those that are no default.
+
+    A value outside the defaults (a model's shape, another T) takes every default case as its
+    pattern; the order of the defaults is kept.
+
+    Args:
+        cases: The defaults of one benchmark.
+        modes: Modes to keep, or None for the defaults; so are the following.
+        shapes: Names of shapes.
+        tokens: Values of T.
+        dtypes: Names of dtypes.
+        routings: Names of routings.
+
+    Returns:
+        The cases, each once.
+    """
+    found: dict[Case, None] = {}
+    for case in cases:
+        if modes is not None and case.mode not in modes:
+            continue
+        choices = product(
+            shapes or [case.shape_name],
+            tokens or [case.tokens],
+            dtypes or [case.dtype],
+            routings or [case.routing],
+        )
+        for shape, count, dtype, routing in choices:
+            asked = replace(case, shape_name=shape, tokens=count, dtype=dtype, routing=routing)
+            found.setdefault(asked)
+    return list(found)
+
+
+def leaf(tensor: Tensor, case: Case, dtype: torch.dtype | None = None) -> Tensor:
+    """A leaf of its own on the device of the case that takes a gradient."""
+    return tensor.to(case.device, dtype or tensor.dtype).detach().requires_grad_()

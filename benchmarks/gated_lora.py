@@ -1,0 +1,122 @@
+"""The mixture of LoRA over one linear beside its four usual forms in plain torch.
+
+Axes: T tokens, E experts, K slots per token, R rank of one expert, I in, O out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import torch
+from torch import Tensor
+
+import moeroute_kernels
+from benchmarks import lora_baselines
+from benchmarks.cases import Benchmark, Case, Inputs, Provider, Tensors, leaf, plainly
+from benchmarks.shapes import (
+    DTYPES,
+    INPUT_SETS,
+    LORA_FLOOR_CASES,
+    LORA_SHAPES,
+    ROTATE_BELOW_TOKENS,
+    ROUTINGS,
+)
+
+__all__ = ["BENCHMARK", "make_inputs"]
+
+SCALING = 0.5
+
+
+def default_cases(device: str) -> list[Case]:
+    """Forward and forward + backward at every listed shape and dtype."""
+    return [
+        Case("gated_lora", mode, shape, tokens, dtype, ROUTINGS[0], device)
+        for mode, (shape, tokens), dtype in product(("fwd", "fwd_bwd"), LORA_FLOOR_CASES, DTYPES)
+    ]
+
+
+def make_inputs(case: Case) -> Inputs:
+    """Inputs of `lora_baselines.make_inputs`, the adapters shared between the batches.
+
+    Args:
+        case: Sizes, dtype and device; the routing is that of a random router.
+
+    Returns:
+        weights lora_a (E, R, I) and lora_b (O, E, R); batches of base (T, O), x (T, I),
+        selected_experts (T, K), routing_weights (T, K) float32; gradients (T, O).
+    """
+    shape = replace(LORA_SHAPES[case.shape_name], tokens=case.tokens)
+    generator = torch.Generator().manual_seed(0)
+    batches, gradients, weights = [], [], {}
+    for seed in range(INPUT_SETS if case.tokens < ROTATE_BELOW_TOKENS else 1):
+        base, x, lora_a, lora_b, ids, routing_weights = lora_baselines.make_inputs(
+            shape, DTYPES[case.dtype], seed
+        )
+        ranks = (shape.num_experts, shape.r)
+        weights = weights or {
+            "lora_a": leaf(lora_a.unflatten(0, ranks), case),
+            "lora_b": leaf(lora_b.unflatten(1, ranks), case),
+        }
+        batches.append(
+            {
+                "base": leaf(base, case),
+                "x": leaf(x, case),
+                "selected_experts": ids.to(case.device),
+                "routing_weights": leaf(routing_weights, case),
+            }
+        )
+        gradient = torch.randn(base.shape, generator=generator)
+        gradients.append(gradient.to(case.device, base.dtype))
+    return Inputs(weights, tuple(batches), tuple(gradients))
+
+
+def reference(weights: Tensors, batch: Tensors) -> Tensor:
+    """Compute the definition in float32.
+
+    Args:
+        weights: See `make_inputs`.
+        batch: See `make_inputs`.
+
+    Returns:
+        (T, O) float32.
+    """
+    return moeroute_kernels.reference.gated_lora(
+        batch["base"].float(),
+        batch["x"].float(),
+        weights["lora_a"].float(),
+        weights["lora_b"].float(),
+        batch["selected_experts"],
+        batch["routing_weights"],
+        SCALING,
+    )
+
+
+def mixture_provider(name: str, mixture: lora_baselines.Mixture, *, peer: bool = True) -> Provider:
+    """One form of the mixture as a provider."""
+
+    def compute(weights: Tensors, batch: Tensors) -> Tensor:
+        return mixture(
+            batch["base"],
+            batch["x"],
+            weights["lora_a"],
+            weights["lora_b"],
+            batch["selected_experts"],
+            batch["routing_weights"],
+            SCALING,
+        )
+
+    return Provider(name, plainly(compute), peer=peer)
+
+
+BENCHMARK = Benchmark(
+    name="gated_lora",
+    cases=default_cases,
+    shape_names=tuple(LORA_SHAPES),
+    make_inputs=make_inputs,
+    reference=reference,
+    providers=(
+        mixture_provider("moeroute", moeroute_kernels.gated_lora, peer=False),
+        *(mixture_provider(name, mixture) for name, mixture in lora_baselines.PEERS.items()),
+    ),
+)

@@ -1,0 +1,130 @@
+"""The rows of a run as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from statistics import geometric_mean
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.floors import AGAIN, OURS, Row, Verdict, is_wrong, noise, rows_of
+from benchmarks.records import Record, Stamp
+from benchmarks.registry import BENCHMARKS
+
+__all__ = ["print_report"]
+
+MEBIBYTE = 2**20
+
+
+def _peer_cell(record: Record | None, ours: Record) -> str:
+    if record is None:
+        return ""
+    if record.ours_over_it is None:
+        return "[dim]skipped[/]"
+    fewer = f" N={record.rounds}" if record.rounds != ours.rounds else ""
+    flag = " [red]wrong[/]" if is_wrong(record) else ""
+    return f"{record.ours_over_it:.2f} [dim]{_ms(record.p50_ms)}{fewer}[/]{flag}"
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _of_best_cell(row: Row) -> str:
+    ratio, best = row.of_best, row.best_peer
+    if ratio is None or best is None:
+        return "-"
+    colour = "green" if ratio <= 1 else "yellow" if ratio <= 1.1 else "red"
+    return f"[bold {colour}]{ratio:.2f}[/] [dim]{best.provider}[/]"
+
+
+def _ours_cell(record: Record) -> str:
+    low, middle, high = (_ms(value) for value in (record.p20_ms, record.p50_ms, record.p80_ms))
+    return f"{middle} [dim]\\[{low}, {high}][/]"
+
+
+def _speed_table(op: str, mode: str, rows: Sequence[Row]) -> Table:
+    names = [provider.name for provider in BENCHMARKS[op].providers][1:]
+    table = Table(title=f"{op}, {mode}: our time / theirs (below 1: we lead), their median ms")
+    columns = ["shape", "T", "dtype", "ours ms \\[p20, p80]", "N", "error", "A/A", "/ best", *names]
+    for column in columns:
+        left = column in ("shape", "dtype", "/ best", *names)
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    for row in rows:
+        _, _, shape, tokens, dtype, routing = row.key
+        ours, again = row.records[OURS], row.records.get(AGAIN)
+        same = "-" if again is None or again.ours_over_it is None else f"{again.ours_over_it:.2f}"
+        table.add_row(
+            shape if routing == "uniform" else f"{shape} {routing}",
+            str(tokens),
+            dtype,
+            _ours_cell(ours),
+            str(ours.rounds),
+            f"{ours.error:.0e}",
+            same,
+            _of_best_cell(row),
+            *(_peer_cell(row.records.get(name), ours) for name in names),
+        )
+    ratios = [ratio for row in rows if (ratio := row.of_best) is not None]
+    if ratios:
+        table.caption = f"geometric mean of / best: {geometric_mean(ratios):.3f}"
+    return table
+
+
+def _memory_table(op: str, rows: Sequence[Row]) -> Table:
+    table = Table(title=f"{op}, mem: MiB saved for backward | MiB at the peak of fwd_bwd")
+    names = [provider.name for provider in BENCHMARKS[op].providers]
+    for column in ("shape", "T", "dtype", *names):
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        cells = []
+        for name in names:
+            record = row.records.get(name)
+            if record is None or record.saved_bytes is None or record.peak_bytes is None:
+                cells.append("skipped")
+            else:
+                kept, peak = record.saved_bytes / MEBIBYTE, record.peak_bytes / MEBIBYTE
+                cells.append(f"{kept:.1f} | {peak:.1f}")
+        table.add_row(row.key[2], str(row.key[3]), row.key[4], *cells)
+    return table
+
+
+def print_report(
+    console: Console, records: Sequence[Record], made: Stamp, verdicts: Sequence[Verdict]
+) -> None:
+    """Print tables, geometric means, what was skipped and why, and the verdicts.
+
+    Args:
+        console: Where.
+        records: Of one run.
+        made: The run.
+        verdicts: Of the promises.
+    """
+    rows = rows_of(records)
+    console.print(
+        f"{made.device}, {made.threads} threads, torch {made.torch}, "
+        f"transformers {made.transformers}, commit {made.commit}{' + changes' * made.dirty}"
+    )
+    for (op, mode), group in groupby(rows, key=lambda row: row.key[:2]):
+        together = list(group)
+        table = _memory_table(op, together) if mode == "mem" else _speed_table(op, mode, together)
+        console.print(table)
+    for reason, count in _skips(records).items():
+        console.print(f"[dim]skipped {count}x {reason}[/]", highlight=False)
+    console.print(f"A/A noise of this run: 90 % of the rows within 1 +- {noise(rows):.3f}")
+    for verdict in verdicts:
+        colour = {True: "green", False: "red", None: "dim"}[verdict.kept]
+        console.print(f"[{colour}]{verdict.line}[/]", highlight=False)
+        for miss in verdict.misses:
+            console.print(f"        {miss}", highlight=False)
+
+
+def _skips(records: Sequence[Record]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for record in records:
+        if record.note:
+            key = f"{record.provider} {record.mode} {record.shape_name} T={record.tokens}: "
+            found[key + record.note] = found.get(key + record.note, 0) + 1
+    return found

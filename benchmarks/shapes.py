@@ -1,0 +1,137 @@
+"""Every size that a benchmark runs at, by name. No other file of this folder holds a size.
+
+Axes: T tokens, H hidden, I intermediate, E experts, K slots per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from benchmarks.lora_baselines import SHAPES as LORA_SHAPE_LIST
+from benchmarks.lora_baselines import LoRAShape
+
+__all__ = [
+    "CPU_TOKENS",
+    "DTYPES",
+    "EXPERT_SHAPES",
+    "FLOOR_SHAPES",
+    "GPU_TOKENS",
+    "INPUT_SETS",
+    "LORA_FLOOR_CASES",
+    "LORA_SHAPES",
+    "MEMORY_SHAPE",
+    "MEMORY_TOKENS",
+    "ROTATE_BELOW_TOKENS",
+    "ROUTINGS",
+    "ExpertShape",
+    "LoRAShape",
+    "make_routing",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """The sizes of one layer of routed gated MLPs.
+
+    Attributes:
+        name: Stands in the tables and in results.csv.
+        hidden_size: H.
+        intermediate_size: I of one expert.
+        num_experts: E.
+        top_k: K.
+    """
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+
+
+_EXPERT_SHAPES = (
+    # Small enough for two CPU cores, wide enough that the weights of a layer leave its caches.
+    ExpertShape("E8k2", 1024, 512, 8, 2),
+    ExpertShape("E64k8", 1024, 256, 64, 8),
+    ExpertShape("E128k8", 1024, 256, 128, 8),
+    # Bytes saved for backward do not depend on E: few experts, the width of Qwen3-30B-A3B.
+    ExpertShape("d2048n768k8", 2048, 768, 16, 8),
+    # For a second's trial of the benchmark itself.
+    ExpertShape("tiny", 32, 16, 4, 2),
+    # Released models, one layer: for a GPU.
+    ExpertShape("mixtral-8x7b", 4096, 14336, 8, 2),
+    ExpertShape("qwen3-30b-a3b", 2048, 768, 128, 8),
+    ExpertShape("olmoe-1b-7b", 2048, 1024, 64, 8),
+    ExpertShape("deepseek-v3-ep8", 7168, 2048, 32, 1),
+    ExpertShape("deepseek-v2-lite", 2048, 1408, 64, 6),
+    ExpertShape("gpt-oss-20b", 2880, 2880, 32, 4),
+)
+
+EXPERT_SHAPES: Mapping[str, ExpertShape] = MappingProxyType({s.name: s for s in _EXPERT_SHAPES})
+"""Every layer of routed MLPs, by name."""
+
+FLOOR_SHAPES = ("E8k2", "E64k8", "E128k8")
+"""The shapes that `make bench` times and judges."""
+
+MEMORY_SHAPE = "d2048n768k8"
+"""The shape at which the bytes saved for backward are judged."""
+
+CPU_TOKENS = (1, 16, 128, 1024)
+MEMORY_TOKENS = (1024,)
+GPU_TOKENS = (1, 2, 4, 8, 16, 64, 128, 512, 2048, 8192, 32768)
+
+LORA_SHAPES: Mapping[str, LoRAShape] = MappingProxyType(
+    {shape.name: shape for shape in LORA_SHAPE_LIST}
+)
+"""Mixtures of LoRA over one linear, by name."""
+
+LORA_FLOOR_CASES = tuple((shape.name, shape.tokens) for shape in LORA_SHAPE_LIST)
+"""Name and T of each row that `make bench` times and judges."""
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"fp32": torch.float32, "bf16": torch.bfloat16}
+)
+
+INPUT_SETS = 3
+"""Different inputs that take turns where T is small, so that no cache holds the last answer."""
+
+ROTATE_BELOW_TOKENS = 512
+
+ROUTINGS = ("uniform", "zipf", "one_hot")
+"""How tokens choose: all experts alike, expert e with weight 1 / (e + 1), all tokens the same K."""
+
+
+def make_routing(
+    routing: str, tokens: int, shape: ExpertShape, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw each token's experts, no expert twice in a token.
+
+    Args:
+        routing: One of `ROUTINGS`.
+        tokens: T.
+        shape: Gives E and K.
+        generator: Of a CPU.
+
+    Returns:
+        selected_experts (T, K) int64 and routing_weights (T, K) float32 that sum to 1 per token.
+
+    Raises:
+        ValueError: an unknown routing.
+    """
+    if routing not in ROUTINGS:
+        raise ValueError(f"unknown routing {routing!r}; use one of {', '.join(ROUTINGS)}")
+    experts = shape.num_experts
+    if routing == "one_hot":
+        chosen = torch.arange(shape.top_k).expand(tokens, shape.top_k).contiguous()
+    else:
+        ranks = torch.arange(1, experts + 1, dtype=torch.float32)
+        chances = 1 / ranks if routing == "zipf" else torch.ones(experts)
+        # An empty batch has nothing to draw from.
+        rows = chances.expand(max(tokens, 1), experts)
+        chosen = torch.multinomial(rows, shape.top_k, generator=generator)[:tokens]
+    weights = torch.randn((tokens, shape.top_k), generator=generator).softmax(-1)
+    return chosen, weights
