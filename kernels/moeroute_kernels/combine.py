@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeroute_kernels.cpu_rows import row_pieces, sum_slots, to_slots, widened
+from moeroute_kernels.expert_sort import invert
+
 _SCHEMA = "(Tensor rows, Tensor routing_weights, Tensor inverse, Tensor expert_offsets) -> Tensor"
 _BACKWARD_SCHEMA = (
     "(Tensor gradient, Tensor rows, Tensor routing_weights, Tensor inverse, Tensor expert_offsets,"
@@ -14,27 +17,15 @@ _BACKWARD_SCHEMA = (
 )
 
 
-def _accumulator(rows: Tensor) -> torch.dtype:
-    return torch.float64 if rows.dtype == torch.float64 else torch.float32
-
-
 @torch.library.custom_op("moeroute::combine", mutates_args=(), schema=_SCHEMA)
 def combine_op(
     rows: Tensor, routing_weights: Tensor, inverse: Tensor, expert_offsets: Tensor
 ) -> Tensor:
-    """The default kernel: any device, one gather per slot."""
-    compute = _accumulator(rows)
-    num_tokens = routing_weights.shape[0]
-    total = torch.zeros((num_tokens, rows.shape[1]), dtype=compute, device=rows.device)
-    row_of_slot = inverse.view(routing_weights.shape)
-    filled = row_of_slot < expert_offsets[-1]
-    weights = torch.where(filled, routing_weights.to(compute), 0)
-    for slot in range(row_of_slot.shape[1]):
-        row = torch.where(filled[:, slot], row_of_slot[:, slot], 0)
-        picked = rows.index_select(0, row).to(compute)
-        picked.masked_fill_(~filled[:, slot, None], 0)
-        total.addcmul_(picked, weights[:, slot, None])
-    return total.to(rows.dtype)
+    """The default kernel: any device, plain torch."""
+    filled = int(expert_offsets[-1])
+    summands = widened(rows[:filled])
+    scale = routing_weights.reshape(-1).to(summands.dtype)
+    return sum_slots(summands, inverse, routing_weights.shape[0], scale).to(rows.dtype)
 
 
 @combine_op.register_fake
@@ -52,25 +43,22 @@ def combine_backward_op(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of rows and routing_weights, those that `needs` asks for."""
-    compute = _accumulator(rows)
-    num_slots = routing_weights.shape[1]
-    row_of_slot = inverse.view(routing_weights.shape)
-    filled = row_of_slot < expert_offsets[-1]
-    weights = torch.where(filled, routing_weights.to(compute), 0)
-    gradient = gradient.to(compute)
+    filled = int(expert_offsets[-1])
+    slot = invert(inverse)[:filled]
+    token = slot // max(routing_weights.shape[1], 1)
+    scale = routing_weights.reshape(-1).index_select(0, slot).unsqueeze(1)
     rows_gradient = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-    weights_gradient = torch.zeros_like(weights)
-    for slot in range(num_slots):
-        if needs[0]:
-            share = (gradient * weights[:, slot, None]).to(rows.dtype)
-            rows_gradient.index_copy_(0, row_of_slot[:, slot], share)
+    rows_gradient[filled:].zero_()
+    dots = widened(rows.new_empty((filled,)))
+    for piece in row_pieces(rows[:filled]):
+        share = widened(gradient.index_select(0, token[piece]))
         if needs[1]:
-            row = torch.where(filled[:, slot], row_of_slot[:, slot], 0)
-            dots = (rows.index_select(0, row).to(compute) * gradient).sum(1)
-            weights_gradient[:, slot] = torch.where(filled[:, slot], dots, 0)
+            dots[piece] = (share * rows[piece]).sum(1)
+        if needs[0]:
+            rows_gradient[piece] = share * scale[piece]
     results = [rows_gradient] if needs[0] else []
     if needs[1]:
-        results.append(weights_gradient.to(routing_weights.dtype))
+        results.append(to_slots(dots, slot, routing_weights))
     return results
 
 

@@ -1,9 +1,9 @@
-"""Big zero buffers that cost nothing until they are touched.
+"""Big buffers: fewer page faults, and zeros that nobody has to write.
 
-A fresh big allocation is paid for page by page at its first write: about 0.37 ms per MiB with pages
-of 4 KiB, 0.17 ms with huge pages, 0.12 ms when the pages are there already (Sapphire Rapids, Linux
-6.18; transparent huge pages are given on request there, `madvise`). Weight gradients of idle
-experts are zeros that nobody has to write: an anonymous map is zero as it comes.
+A fresh big allocation is paid for page by page at its first write: 0.37 ms per MiB with pages of
+4 KiB, 0.17 ms with huge pages, 0.12 ms where the pages are there already (one thread of a Sapphire
+Rapids, Linux 6.18, which gives transparent huge pages to those who ask). And the weight gradients
+of idle experts are zeros: a fresh map of memory is zero as it comes, and costs nothing until read.
 """
 
 from __future__ import annotations
@@ -17,35 +17,41 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LAZY_BYTES = 32 * 2**20
-"""From this size on glibc's malloc hands every block back to the kernel, so a map costs no more."""
+MAP_BYTES = 32 * 2**20
+"""From this size on a buffer is mapped: glibc's malloc returns such blocks to the kernel anyway."""
+MAP_IDLE_BYTES = 4 * 2**20
+"""From this size on a buffer is mapped if much of it stays zero."""
+IDLE_FRACTION = 0.5
+"""What "much" means."""
 
 
-def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make a zero tensor; a big one on a Linux CPU is not touched before its first use."""
-    if not is_lazy(shape, dtype, device):
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return _mapped(shape, dtype)
+def allocate(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, idle: float = 0.0
+) -> tuple[Tensor, bool]:
+    """Make a contiguous tensor for a caller who writes all of it but the fraction `idle`.
 
+    Args:
+        shape: Its sizes.
+        dtype: Its dtype.
+        device: Its device.
+        idle: The fraction that is to be zero, between 0 and 1.
 
-def is_lazy(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> bool:
-    """Tell whether `zeros` would make this tensor without touching it."""
-    num_bytes = math.prod(shape) * dtype.itemsize
-    return sys.platform == "linux" and device.type == "cpu" and num_bytes >= LAZY_BYTES
+    Returns:
+        The tensor, and whether it is known to be zero; otherwise its content is undefined.
+    """
+    smallest = MAP_BYTES if idle < IDLE_FRACTION else MAP_IDLE_BYTES
+    num_elements = math.prod(shape)
+    num_bytes = num_elements * dtype.itemsize
+    if sys.platform != "linux" or device.type != "cpu" or num_bytes < smallest:
+        return torch.empty(shape, dtype=dtype, device=device), False
+    # a shared map, the default, would get no huge pages
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    # the tensor's storage keeps the map alive and ends it when it dies
+    return torch.frombuffer(pages, dtype=dtype, count=num_elements).view(shape), True
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make a tensor that will be written whole; a big one on a Linux CPU gets huge pages."""
-    if is_lazy(shape, dtype, device):
-        return _mapped(shape, dtype)
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-def _mapped(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    num_elements = math.prod(shape)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # a shared map would get no huge pages
-    pages = mmap.mmap(-1, num_elements * dtype.itemsize, flags=flags)
-    with contextlib.suppress(OSError):  # a kernel built without transparent huge pages
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    # the storage keeps the map alive and unmaps it when it dies
-    return torch.frombuffer(pages, dtype=dtype, count=num_elements).view(shape)
+    """Make a contiguous tensor for a caller who writes all of it."""
+    return allocate(shape, dtype, device)[0]

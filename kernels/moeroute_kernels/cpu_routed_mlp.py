@@ -11,27 +11,22 @@ Axes: T tokens, K slots per token, N = T * K rows, E experts, H hidden, I interm
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moeroute_kernels import cpu_memory
-from moeroute_kernels.activations import activate, activate_backward, split_pre_activation
+from moeroute_kernels.activations import activate, split_pre_activation
 from moeroute_kernels.cpu import (
     Runs,
     add_rows,
     compute_dtype,
     expert_runs,
     mm_rows,
-    mm_weights,
-    sum_rows,
+    mm_rows_padded,
 )
-from moeroute_kernels.expert_sort import invert, sort_slots
-
-PIECE_ELEMENTS = 2**17
-"""Elements of an activated (rows, I) piece: with its neighbours in float32 it fits a 2 MB cache."""
+from moeroute_kernels.cpu_rows import gather, row_pieces, sum_slots, widened
+from moeroute_kernels.expert_sort import sort_slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +53,24 @@ class Weights:
     down_bias: Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What `forward` keeps for `backward`.
+
+    Attributes:
+        pre: (N, 2I or I), the pre-activation; zero in the rows of empty slots.
+        order: (N,) int64, the flat slot of each row.
+        expert_offsets: (E,) int32, inclusive ends.
+    """
+
+    pre: Tensor
+    order: Tensor
+    expert_offsets: Tensor
+
+
 def forward(
-    x: Tensor, weights: Weights, ids: Tensor, routing_weights: Tensor, form: Form, *, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, weights: Weights, ids: Tensor, routing_weights: Tensor, form: Form
+) -> tuple[Tensor, Saved]:
     """Compute the MLP.
 
     Args:
@@ -69,191 +79,71 @@ def forward(
         ids: (T, K).
         routing_weights: (T, K).
         form: The kind of MLP.
-        keep: Whether the pre-activation is wanted for backward.
 
     Returns:
-        out (T, H); pre (N, 2I or I), empty unless `keep`; order (N,); expert_offsets (E,).
+        (T, H) in the dtype of x, and what `backward` needs.
     """
     order, inverse, expert_offsets = sort_slots(ids, weights.gate_up.shape[0])
     runs = expert_runs(expert_offsets)
-    compute = compute_dtype(x)
     slot = order[: runs.filled]
-    wide = gather(x, slot // max(ids.shape[1], 1), compute)
-    pre_shape = (order.shape[0] if keep else runs.filled, weights.gate_up.shape[1])
-    pre = cpu_memory.empty(pre_shape, compute, x.device)
-    pre[runs.filled :].zero_()
-    mm_rows(wide, weights.gate_up, runs, pre)
+    wide = gather(x, slot // max(ids.shape[1], 1), compute_dtype(x))
+    pre = mm_rows_padded(wide, weights.gate_up, runs, order.shape[0])
     if weights.gate_up_bias is not None:
         add_rows(pre, weights.gate_up_bias, runs)
     scale = routing_weights.reshape(-1).index_select(0, slot).unsqueeze(1)
-    activated = wide.new_empty((runs.filled, weights.down.shape[2]))
-    for rows in row_pieces(activated):
-        gate, up = form.split(_widened(pre[rows]))
-        value = activate(gate, up, form.activation, alpha=form.alpha, limit=form.limit)
-        torch.mul(value, scale[rows], out=activated[rows])
-    mm_rows(activated, weights.down, runs, wide)
-    if weights.down_bias is not None:
-        pieces = zip(
-            runs.split(wide), runs.split(scale), runs.matrices(weights.down_bias), strict=True
-        )
-        for piece, share, bias in pieces:
-            piece.add_(share * bias)
-    out = sum_slots(wide, inverse, ids.shape[0]).to(x.dtype)
-    return out, pre if keep else pre.new_empty((0, pre.shape[1])), order, expert_offsets
+    expert_out = _second_half(pre, scale, weights, runs, form, buffer=wide)
+    out = sum_slots(expert_out, inverse, ids.shape[0]).to(x.dtype)
+    return out, Saved(pre, order, expert_offsets)
 
 
-def backward(
-    gradient: Tensor,
-    x: Tensor,
-    weights: Weights,
-    routing_weights: Tensor,
-    saved: tuple[Tensor, Tensor, Tensor],
-    form: Form,
-    needs: list[bool],
-) -> list[Tensor]:
-    """Gradients of x, gate_up, down, routing_weights, gate_up_bias, down_bias where `needs` says
-    so.
+def decode(x: Tensor, weights: Weights, ids: Tensor, routing_weights: Tensor, form: Form) -> Tensor:
+    """Compute the MLP of one token: a row per slot, nothing to sort, gather or keep.
 
     Args:
-        gradient: (T, H) of the output.
-        x: As given to `forward`.
-        weights: As given to `forward`.
-        routing_weights: As given to `forward`.
-        saved: pre, order and expert_offsets that `forward` returned.
-        form: As given to `forward`.
-        needs: Six booleans, in the order above.
-    """
-    pre, order, expert_offsets = saved
-    runs = expert_runs(expert_offsets)
-    need_x, need_gate_up, need_down, need_routing, need_gate_up_bias, need_down_bias = needs
-    slot = order[: runs.filled]
-    token = slot // max(routing_weights.shape[1], 1)
-    wide = gather(gradient, token, compute_dtype(x))
-    scale = routing_weights.reshape(-1).index_select(0, slot).unsqueeze(1)
-    need_pre = need_x or need_gate_up or need_gate_up_bias
-    inner = _Inner.make(wide, weights, runs, activated=need_down, pre=need_pre, dots=need_routing)
-    inner.fill(pre, scale, form)
-
-    results: list[Tensor | None] = [None] * 6
-    if inner.activated is not None:
-        results[2] = mm_weights(wide, inner.activated, runs, weights.down)
-    if inner.dots is not None:
-        if weights.down_bias is not None:
-            _add_bias_dots(inner.dots, wide, weights.down_bias, runs)
-        shares = torch.zeros_like(routing_weights, memory_format=torch.contiguous_format)
-        shares.view(-1).index_copy_(0, slot, inner.dots.to(shares.dtype))
-        results[3] = shares
-    if need_down_bias and weights.down_bias is not None:
-        results[5] = sum_rows(_widened(wide) * scale, runs, weights.down_bias)
-    if inner.pre is not None:
-        if need_gate_up_bias and weights.gate_up_bias is not None:
-            results[4] = sum_rows(inner.pre, runs, weights.gate_up_bias)
-        if need_gate_up:
-            gather(x, token, wide.dtype, out=wide)
-            results[1] = mm_weights(inner.pre, wide, runs, weights.gate_up)
-        if need_x:
-            mm_rows(inner.pre, weights.gate_up.transpose(1, 2), runs, wide)
-            results[0] = sum_slots(wide, invert(order), x.shape[0]).to(x.dtype)
-    return [result for result in results if result is not None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Inner:
-    """What backward needs in the width of the experts; None where nobody asks for it.
-
-    Attributes:
-        gradient: (n, I), the gradient of the activated rows before the routing weight.
-        activated: (n, I), the activated rows times their routing weight.
-        pre: (n, 2I or I), the gradient of the pre-activation.
-        dots: (n,), the gradient of the routing weight of each row.
-    """
-
-    gradient: Tensor | None
-    activated: Tensor | None
-    pre: Tensor | None
-    dots: Tensor | None
-
-    @staticmethod
-    def make(
-        wide: Tensor, weights: Weights, runs: Runs, *, activated: bool, pre: bool, dots: bool
-    ) -> _Inner:
-        """Allocate; the gradient is computed from the gathered output gradients `wide` (n, H)."""
-        shape = (wide.shape[0], weights.down.shape[2])
-        gradient = None
-        if pre or dots:
-            gradient = wide.new_empty(shape)
-            mm_rows(wide, weights.down.transpose(1, 2), runs, gradient)
-        accumulator = torch.promote_types(wide.dtype, torch.float32)
-        return _Inner(
-            gradient,
-            wide.new_empty(shape) if activated else None,
-            wide.new_empty((shape[0], weights.gate_up.shape[1])) if pre else None,
-            wide.new_empty(shape[:1], dtype=accumulator) if dots else None,
-        )
-
-    def fill(self, pre: Tensor, scale: Tensor, form: Form) -> None:
-        """Compute activated, pre and dots from the pre-activation (N, 2I or I) and scale (n, 1)."""
-        like = self.gradient if self.gradient is not None else self.activated
-        for rows in row_pieces(like):
-            gate, up = form.split(_widened(pre[rows]))
-            share = scale[rows]
-            options = {"alpha": form.alpha, "limit": form.limit}
-            if self.activated is not None or self.dots is not None:
-                value = activate(gate, up, form.activation, **options)
-                if self.activated is not None:
-                    torch.mul(value, share, out=self.activated[rows])
-                if self.dots is not None and self.gradient is not None:
-                    torch.sum(value.mul_(self.gradient[rows]), 1, out=self.dots[rows])
-            if self.pre is not None and self.gradient is not None:
-                scaled = self.gradient[rows] * share
-                gradients = activate_backward(scaled, gate, up, form.activation, **options)
-                for target, source in zip(form.split(self.pre[rows]), gradients, strict=True):
-                    if target is not None and source is not None:
-                        target.copy_(source)
-
-
-def row_pieces(like: Tensor | None) -> Iterator[slice]:
-    """Slices of the rows of an (n, I) tensor, about PIECE_ELEMENTS each."""
-    if like is None:
-        return
-    step = max(PIECE_ELEMENTS // max(like.shape[1], 1), 1)
-    for start in range(0, like.shape[0], step):
-        yield slice(start, min(start + step, like.shape[0]))
-
-
-def _widened(rows: Tensor) -> Tensor:
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-
-def _add_bias_dots(dots: Tensor, wide: Tensor, bias: Tensor, runs: Runs) -> None:
-    pieces = zip(runs.split(dots), runs.split(wide), runs.matrices(bias), strict=True)
-    for target, piece, row in pieces:
-        target.add_((_widened(piece) * row).sum(1))
-
-
-def gather(tokens: Tensor, index: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Gather rows (T, H) -> (n, H) in `dtype`, into `out` if given."""
-    if out is None:
-        out = cpu_memory.empty((index.shape[0], tokens.shape[1]), dtype, tokens.device)
-    return torch.index_select(tokens.to(dtype), 0, index, out=out)
-
-
-def sum_slots(rows: Tensor, inverse: Tensor, num_tokens: int) -> Tensor:
-    """Sum each token's rows in slot order, in float32 (float64 for float64 rows).
-
-    Args:
-        rows: (n, H); the slots whose row is n or more are empty.
-        inverse: (T * K,), the row of each flat slot.
-        num_tokens: T.
+        x: (1, H).
+        weights: The experts.
+        ids: (1, K).
+        routing_weights: (1, K).
+        form: The kind of MLP.
 
     Returns:
-        (T, H) in the dtype of rows, rounded once.
+        (1, H) in the dtype of x.
     """
-    num_slots = inverse.shape[0] // max(num_tokens, 1)
-    first = torch.arange(0, num_tokens, device=rows.device) * num_slots
-    if rows.shape[0] < inverse.shape[0]:
-        filled = inverse < rows.shape[0]
-        ends = filled.view(num_tokens, num_slots).sum(1).cumsum(0)
-        first = torch.cat([ends.new_zeros(1), ends[:-1]])
-        inverse = inverse[filled]
-    return torch.embedding_bag(rows, inverse, first, mode=0)[0]
+    num_experts = weights.gate_up.shape[0]
+    filled = [(k, e) for k, e in enumerate(ids[0].tolist()) if 0 <= e < num_experts]
+    if not filled:
+        return x.new_zeros((1, weights.down.shape[1]))
+    slots, experts = [list(column) for column in zip(*filled, strict=True)]
+    scale = routing_weights.reshape(-1, 1)
+    if len(slots) < scale.shape[0]:
+        scale = scale[slots]
+    runs = Runs(experts, [1] * len(slots), len(slots), None)
+    rows = x.to(compute_dtype(x)).expand(len(slots), -1)
+    pre = mm_rows(rows, weights.gate_up, runs)
+    if weights.gate_up_bias is not None:
+        add_rows(pre, weights.gate_up_bias, runs)
+    expert_out = _second_half(pre, scale, weights, runs, form)
+    accumulator = torch.promote_types(x.dtype, torch.float32)
+    return expert_out.sum(0, keepdim=True, dtype=accumulator).to(x.dtype)
+
+
+def _second_half(
+    pre: Tensor,
+    scale: Tensor,
+    weights: Weights,
+    runs: Runs,
+    form: Form,
+    buffer: Tensor | None = None,
+) -> Tensor:
+    """From the pre-activation to the rows that a token sums: (runs.filled, H)."""
+    activated = pre.new_empty((runs.filled, weights.down.shape[2]))
+    for rows in row_pieces(activated):
+        gate, up = form.split(widened(pre[rows]))
+        value = activate(gate, up, form.activation, alpha=form.alpha, limit=form.limit)
+        torch.mul(value, scale[rows], out=activated[rows])
+    expert_out = mm_rows(activated, weights.down, runs, buffer)
+    if weights.down_bias is not None:
+        shares, biases = runs.split(scale), runs.matrices(weights.down_bias)
+        for piece, share, bias in zip(runs.split(expert_out), shares, biases, strict=True):
+            piece.add_(share * bias)
+    return expert_out

@@ -10,9 +10,8 @@ from moeroute_kernels.reference import SortedSlots
 
 def sort_slots(ids: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sort slots in plain torch; see `expert_sort`."""
-    flat = ids.reshape(-1)
-    # one comparison instead of two: a negative id is a huge unsigned one
-    flat = torch.where((flat < 0) | (flat >= num_groups), num_groups, flat)
+    # what lies outside becomes -1 or num_groups, and -1 modulo num_groups + 1 is num_groups
+    flat = ids.reshape(-1).long().clamp(-1, num_groups).remainder_(num_groups + 1)
     sorted_ids, order = torch.sort(flat, stable=True)
     groups = torch.arange(num_groups, device=ids.device, dtype=sorted_ids.dtype)
     expert_offsets = torch.searchsorted(sorted_ids, groups, right=True, out_int32=True)

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeroute_kernels.checks import autocast_to_match, require_one_dtype
 from moeroute_kernels.cpu import (
     add_rows,
     compute_dtype,
     expert_runs,
     is_transposed,
-    mm_rows,
+    mm_rows_padded,
     mm_weights,
     sum_rows,
 )
@@ -29,11 +30,9 @@ def grouped_mm_op(x: Tensor, weight: Tensor, expert_offsets: Tensor, bias: Tenso
     """The default kernel: any device, one product per expert that has rows."""
     runs = expert_runs(expert_offsets)
     compute = compute_dtype(x)
-    out = torch.empty((x.shape[0], weight.shape[1]), dtype=compute, device=x.device)
-    mm_rows(x.to(compute), weight, runs, out)
+    out = mm_rows_padded(x.to(compute).contiguous(), weight, runs, x.shape[0])
     if bias is not None:
         add_rows(out, bias, runs)
-    out[runs.filled :].zero_()
     return out.to(x.dtype)
 
 
@@ -57,9 +56,7 @@ def grouped_mm_backward_op(
     gradient = gradient.to(compute).contiguous()
     results = []
     if needs[0]:
-        x_gradient = torch.empty(x.shape, dtype=compute, device=x.device)
-        mm_rows(gradient, weight.transpose(1, 2), runs, x_gradient)
-        x_gradient[runs.filled :].zero_()
+        x_gradient = mm_rows_padded(gradient, weight.transpose(1, 2), runs, x.shape[0])
         results.append(x_gradient.to(x.dtype))
     if needs[1]:
         results.append(mm_weights(gradient, x.to(compute), runs, weight))
@@ -154,26 +151,3 @@ def grouped_mm(
         )
     require_one_dtype("grouped_mm", x=x, weight=weight, bias=bias)
     return grouped_mm_op(x, weight, expert_offsets, bias)
-
-
-def autocast_to_match(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Cast floating tensors (not float64) to the autocast dtype of the first one's device.
-
-    Without autocast the tensors come back as they are. None stays None.
-    """
-    first = tensors[0]
-    if first is None or not torch.is_autocast_enabled(first.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(
-        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
-        for tensor in tensors
-    )
-
-
-def require_one_dtype(op: str, **tensors: Tensor | None) -> None:
-    """Raise a ValueError that names the tensors if their dtypes differ; None is skipped."""
-    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
-    if len(set(dtypes.values())) > 1:
-        seen = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        raise ValueError(f"{op}: dtypes differ ({seen}); cast them to one, or use torch.autocast")

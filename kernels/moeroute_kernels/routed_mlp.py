@@ -11,11 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeroute_kernels import cpu_routed_mlp
-from moeroute_kernels.activations import ACTIVATIONS
+from moeroute_kernels import cpu_routed_mlp, cpu_routed_mlp_backward
+from moeroute_kernels.checks import (
+    autocast_to_match,
+    check_activation,
+    check_biases,
+    check_shapes,
+    require_one_dtype,
+)
 from moeroute_kernels.cpu import compute_dtype
-from moeroute_kernels.cpu_routed_mlp import Form, Weights
-from moeroute_kernels.grouped_mm import autocast_to_match, empty_weight, require_one_dtype
+from moeroute_kernels.cpu_routed_mlp import Form, Saved, Weights
+from moeroute_kernels.cpu_routed_mlp_backward import Needs
+from moeroute_kernels.grouped_mm import empty_weight
 
 _SCHEMA = (
     "(Tensor x, Tensor gate_up, Tensor down, Tensor selected_experts, Tensor routing_weights,"
@@ -47,7 +54,24 @@ def routed_mlp_op(
     """The default kernel, any device: returns out, pre, order and expert_offsets."""
     weights = Weights(gate_up, down, gate_up_bias, down_bias)
     form = Form(activation, interleaved, alpha, limit)
-    return cpu_routed_mlp.forward(x, weights, selected_experts, routing_weights, form, keep=keep)
+    if not keep and x.shape[0] == 1:
+        out = cpu_routed_mlp.decode(x, weights, selected_experts, routing_weights, form)
+    else:
+        out, saved = cpu_routed_mlp.forward(x, weights, selected_experts, routing_weights, form)
+        if keep:
+            return out, saved.pre, saved.order, saved.expert_offsets
+    return out, *_saved_storage(x, gate_up, 0, 0)
+
+
+def _saved_storage(
+    x: Tensor, gate_up: Tensor, num_rows: int, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Storage for the pre-activation, the order of the rows and the experts' ends."""
+    return (
+        torch.empty((num_rows, gate_up.shape[1]), dtype=compute_dtype(x), device=x.device),
+        torch.empty((num_rows,), dtype=torch.int64, device=x.device),
+        torch.empty((num_experts,), dtype=torch.int32, device=x.device),
+    )
 
 
 @routed_mlp_op.register_fake
@@ -65,13 +89,9 @@ def _(
     limit: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    num_rows = selected_experts.numel()
     out = x.new_empty((x.shape[0], down.shape[1]))
-    kept_shape = (num_rows if keep else 0, gate_up.shape[1])
-    pre = torch.empty(kept_shape, dtype=compute_dtype(x), device=x.device)
-    order = torch.empty((num_rows,), dtype=torch.int64, device=x.device)
-    expert_offsets = torch.empty((gate_up.shape[0],), dtype=torch.int32, device=x.device)
-    return out, pre, order, expert_offsets
+    num_rows, num_experts = (selected_experts.numel(), gate_up.shape[0]) if keep else (0, 0)
+    return out, *_saved_storage(x, gate_up, num_rows, num_experts)
 
 
 @torch.library.custom_op("moeroute::routed_mlp_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
@@ -95,8 +115,10 @@ def routed_mlp_backward_op(
     """The default kernel, any device: the gradients that `needs` asks for, in that order."""
     weights = Weights(gate_up, down, gate_up_bias, down_bias)
     form = Form(activation, interleaved, alpha, limit)
-    saved = (pre, order, expert_offsets)
-    return cpu_routed_mlp.backward(gradient, x, weights, routing_weights, saved, form, needs)
+    saved = Saved(pre, order, expert_offsets)
+    return cpu_routed_mlp_backward.backward(
+        gradient, x, weights, routing_weights, saved, form, Needs(*needs)
+    )
 
 
 @routed_mlp_backward_op.register_fake
@@ -207,9 +229,9 @@ def routed_mlp(
     x, gate_up, down, gate_up_bias, down_bias = autocast_to_match(
         x, gate_up, down, gate_up_bias, down_bias
     )
-    _check_activation(gate_up, down, activation)
-    _check_shapes(x, gate_up, down, selected_experts, routing_weights)
-    _check_biases(gate_up, down, gate_up_bias, down_bias)
+    check_activation(gate_up, down, activation)
+    check_shapes(x, gate_up, down, selected_experts, routing_weights)
+    check_biases(gate_up, down, gate_up_bias, down_bias)
     require_one_dtype(
         "routed_mlp",
         x=x,
@@ -235,52 +257,3 @@ def routed_mlp(
         limit,
         keep,
     )[0]
-
-
-def _check_activation(gate_up: Tensor, down: Tensor, activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        known = ", ".join(sorted(ACTIVATIONS))
-        raise ValueError(f"routed_mlp: unknown activation {activation!r}; use one of {known}")
-    if gate_up.ndim != 3 or down.ndim != 3 or gate_up.shape[0] != down.shape[0]:
-        raise ValueError(
-            f"routed_mlp: gate_up {tuple(gate_up.shape)} and down {tuple(down.shape)} do not fit; "
-            "give (E, 2I, H) or (E, I, H), and (E, H, I)"
-        )
-    factor = 2 if ACTIVATIONS[activation].gated else 1
-    if gate_up.shape[1] != factor * down.shape[2]:
-        raise ValueError(
-            f"routed_mlp: activation {activation!r} takes gate_up of {factor} * I rows per expert, "
-            f"but gate_up is {tuple(gate_up.shape)} and down {tuple(down.shape)}"
-        )
-
-
-def _check_shapes(
-    x: Tensor, gate_up: Tensor, down: Tensor, selected_experts: Tensor, routing_weights: Tensor
-) -> None:
-    if x.ndim != 2 or x.shape[1] != gate_up.shape[2] or x.shape[1] != down.shape[1]:
-        raise ValueError(
-            f"routed_mlp: x {tuple(x.shape)} does not fit gate_up {tuple(gate_up.shape)} and down "
-            f"{tuple(down.shape)}; x is (T, H), gate_up ends in H, down is (E, H, I)"
-        )
-    if selected_experts.ndim != 2 or selected_experts.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"routed_mlp: selected_experts {tuple(selected_experts.shape)} must be (T, K) with "
-            f"T={x.shape[0]}"
-        )
-    if routing_weights.shape != selected_experts.shape:
-        raise ValueError(
-            f"routed_mlp: routing_weights {tuple(routing_weights.shape)} and selected_experts "
-            f"{tuple(selected_experts.shape)} differ; both are (T, K)"
-        )
-
-
-def _check_biases(
-    gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None
-) -> None:
-    pairs = (("gate_up", gate_up_bias, gate_up), ("down", down_bias, down))
-    for name, bias, weight in pairs:
-        if bias is not None and bias.shape != weight.shape[:2]:
-            raise ValueError(
-                f"routed_mlp: {name}_bias {tuple(bias.shape)} must be {tuple(weight.shape[:2])}, "
-                f"one value per row of {name} {tuple(weight.shape)}"
-            )
