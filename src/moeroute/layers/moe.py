@@ -24,7 +24,10 @@ class MoELayer(nn.Module):
 
     In training a layer with losses keeps a `RoutingRecord` of its last forward in `routing_pass`;
     `moeroute.aux_losses(model)` turns the records of a model into a loss. Nothing adds it to your
-    loss by itself.
+    loss by itself. `torch.compile(fullgraph=True)` takes the layer with its losses; with activation
+    checkpointing inside the graph as well, torch asks for
+    `torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True`, because a record is
+    kept.
 
     Args:
         router: A `moeroute.types.Router`, such as `moeroute.routers.mixtral_router(...)`.

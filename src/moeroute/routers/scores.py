@@ -164,8 +164,8 @@ def linear_logits(
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Switch autocast off, on the devices that have it (the meta device has none)."""
-    if torch.amp.is_autocast_available(device_type):
+    """Switch autocast off where it is on (the meta device has none)."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

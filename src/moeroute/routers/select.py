@@ -98,12 +98,14 @@ class TopK(nn.Module):
     def forward(self, router_logits: Tensor) -> Selection:
         """Choose for each row of (T, E) logits."""
         router_probs = self.probs(router_logits)
-        bias = self.selection_bias
-        choosing = router_probs if bias is None else bias(router_probs)
-        chosen = torch.topk(choosing, self.top_k, dim=-1).indices
-        weights = router_probs.gather(-1, chosen)
+        if self.selection_bias is None:
+            weights, chosen = torch.topk(router_probs, self.top_k, dim=-1)
+        else:
+            chosen = torch.topk(self.selection_bias(router_probs), self.top_k, dim=-1).indices
+            weights = router_probs.gather(-1, chosen)
         if self.normalize:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + self.normalize_eps)
+            total = weights.sum(dim=-1, keepdim=True)
+            weights = weights / (total + self.normalize_eps if self.normalize_eps else total)
         if self.routed_scaling_factor != 1.0:
             weights = weights * self.routed_scaling_factor
         return Selection(routing_weights=weights, selected_experts=chosen)
