@@ -76,12 +76,17 @@ class RoutingPass:
         fresh = type(self)(rooted=self.rooted)
         return fresh.__dict__
 
-    def wants(self, *, training: bool, has_losses: bool) -> bool:
-        """True if a layer should keep a record now."""
-        return self.is_open and (bool(self._listeners) or (training and has_losses))
+    def wants(self, *, charged: bool) -> bool:
+        """True if a layer should keep a record now: its losses are due, or somebody listens."""
+        return self.is_open and (charged or bool(self._listeners))
 
-    def keep(self, record: RoutingRecord) -> None:
-        """Remember a layer's record; a layer run twice in one open pass keeps both."""
+    def keep(self, record: RoutingRecord, *, charged: bool) -> None:
+        """Remember a layer's record; a layer run twice in one open pass keeps both.
+
+        Args:
+            record: What the layer did.
+            charged: Whether its losses are to be paid: in training.
+        """
         for listener in self._listeners:
             listener(record)
         key = record.site
@@ -89,7 +94,7 @@ class RoutingPass:
             while key in self.records:
                 key += "+"
         self.records[key] = record
-        if record.losses and torch.is_grad_enabled():
+        if charged and torch.is_grad_enabled():
             self._unread_losses = self.rooted
 
     def read(self) -> tuple[RoutingRecord, ...]:

@@ -62,23 +62,17 @@ def moeroute_experts_forward(
     if fused is None or getattr(self, "has_post_expert_norm", False):
         out = _unfused(self, tokens, weights, top_k_index, top_k_weights)
     else:
-        out = _fused(self, tokens, weights, top_k_index, top_k_weights, FusedGate(*fused))
+        out = _fused(tokens, weights, top_k_index, top_k_weights, fused)
     return out.to(hidden_states.dtype)
 
 
 def _fused(
-    self: nn.Module,
     tokens: Tensor,
     weights: _Weights,
     top_k_index: Tensor,
     top_k_weights: Tensor,
     gate: FusedGate,
 ) -> Tensor:
-    options: dict[str, Any] = {}
-    if gate.alpha_attribute:
-        options["alpha"] = getattr(self, gate.alpha_attribute)
-    if gate.limit_attribute:
-        options["limit"] = getattr(self, gate.limit_attribute)
     return routed_mlp(
         tokens,
         weights.first,
@@ -89,7 +83,8 @@ def _fused(
         down_bias=weights.second_bias,
         activation=gate.activation,
         interleaved=gate.interleaved,
-        **options,
+        alpha=gate.alpha,
+        limit=gate.limit,
     )
 
 

@@ -76,7 +76,7 @@ def warn_if_ignored(model: nn.Module) -> ExpertsReport:
         The report that the warning is about.
     """
     report = experts_report(model)
-    if report.ignored and _asks_for_moeroute(model):
+    if report.ignored and asks_for_moeroute(model):
         warnings.warn(_message(report), stacklevel=2)
     return report
 
@@ -103,10 +103,11 @@ def _on_registration(parent: nn.Module, _: str, child: nn.Module | None) -> None
 
 
 def _is_asking_model(module: nn.Module) -> bool:
-    return hasattr(type(module), "get_experts_implementation") and _asks_for_moeroute(module)
+    return hasattr(type(module), "get_experts_implementation") and asks_for_moeroute(module)
 
 
-def _asks_for_moeroute(module: nn.Module) -> bool:
+def asks_for_moeroute(module: nn.Module) -> bool:
+    """Whether the module's config names moeroute as its experts implementation."""
     config = getattr(module, "config", None)
     return getattr(config, "_experts_implementation", None) == IMPLEMENTATION
 

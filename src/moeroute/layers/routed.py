@@ -45,7 +45,8 @@ def route(layer: RoutedLayer, hidden_states: Tensor, experts: nn.Module | None) 
     routing_pass = layer.routing_pass
     router_input = routing_pass.router_input(hidden_states)
     routing = layer.router(router_input)
-    if routing_pass.wants(training=layer.training, has_losses=bool(layer.losses)):
+    charged = layer.training and bool(layer.losses)
+    if routing_pass.wants(charged=charged):
         record = RoutingRecord(
             site=layer.site,
             layer_index=layer.layer_index,
@@ -55,7 +56,7 @@ def route(layer: RoutedLayer, hidden_states: Tensor, experts: nn.Module | None) 
             experts=experts,
             losses=layer.losses,
         )
-        routing_pass.keep(record)
+        routing_pass.keep(record, charged=charged)
     return routing
 
 
