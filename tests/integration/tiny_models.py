@@ -1,7 +1,7 @@
 """Tiny random models of every MoE family that transformers runs through its experts registry.
 
-Families are found by reading transformers' modelling files, so that one that a new release brings is
-either built here or fails `test_families.py` until somebody says why not.
+Families are found by reading transformers' modelling files, so that one that a new release brings
+is either built here or fails `test_families.py` until somebody says why not.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 VOCAB = 64
@@ -94,17 +94,16 @@ class Recipe:
     Attributes:
         model: Class to build; "" for the family's ForCausalLM (or the like).
         config: Config fields.
-        drop: Fields of `SMALL` that the family must not be given.
-        inputs: Further inputs of the forward pass.
     """
 
     model: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
-    drop: tuple[str, ...] = ()
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "deepseek_v4": Recipe(config={"mlp_layer_types": ["hash_moe", "moe"], "num_key_value_heads": 1}),
+    "deepseek_v4": Recipe(
+        config={"mlp_layer_types": ["hash_moe", "moe"], "num_key_value_heads": 1}
+    ),
     "ernie4_5_moe": Recipe(config={"moe_layer_start_index": 0}),
     "ernie4_5_vl_moe": Recipe(
         config={
@@ -136,7 +135,7 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "glm5_next": Recipe(config={"index_topk": 4, "index_kpool": 2, "qk_rope_head_dim": 0}),
     "lfm2_moe": Recipe(config={"layer_types": ["conv", "full_attention"]}),
-    "mimo_v2_flash": Recipe(config={"head_dim": 16}),
+    "mimo_v2_flash": Recipe(config={"num_key_value_heads": 2}),
     "muse_spark": Recipe(config={"moe_hidden_size": 32}),
     "zaya": Recipe(config={"num_experts_per_tok": 1, "router_hidden_size": 16}),
 }
@@ -147,12 +146,16 @@ CLASS_ENDINGS = ("ForCausalLM", "ForTokenClassification", "TextModel")
 @cache
 def _modelling_files() -> Mapping[str, str]:
     """Family folder -> text of its modelling files."""
-    spec = find_spec("transformers")
-    assert spec is not None and spec.origin is not None
+    root = Path(transformers.__file__).parent / "models"
     texts: dict[str, str] = {}
-    for path in sorted((Path(spec.origin).parent / "models").glob("*/modeling_*.py")):
+    for path in sorted(root.glob("*/modeling_*.py")):
         texts[path.parent.name] = texts.get(path.parent.name, "") + path.read_text()
     return texts
+
+
+def modelling_text(family: str) -> str:
+    """The family's modelling files as one text."""
+    return _modelling_files()[family]
 
 
 @cache
@@ -177,7 +180,9 @@ def model_classes(family: str) -> list[type[nn.Module]]:
     wanted = RECIPES.get(family, Recipe()).model
     if wanted:
         return [getattr(module, wanted)]
-    own = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
+    own = [
+        c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__
+    ]
     return [c for ending in CLASS_ENDINGS for c in own if c.__name__.endswith(ending)]
 
 
@@ -185,9 +190,11 @@ def tiny_config(family: str, model_class: type) -> Any:
     """A config of a few thousand parameters."""
     config_class = model_class.config_class
     recipe = RECIPES.get(family, Recipe())
-    known = {name for base in config_class.__mro__ for name in vars(base).get("__annotations__", {})}
+    known = {
+        name for base in config_class.__mro__ for name in vars(base).get("__annotations__", {})
+    }
     known |= set(inspect.signature(config_class.__init__).parameters)
-    small = {k: v for k, v in SMALL.items() if k in known and k not in recipe.drop}
+    small = {k: v for k, v in SMALL.items() if k in known}
     return config_class(**(small | dict(recipe.config)))
 
 
