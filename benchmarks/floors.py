@@ -9,13 +9,18 @@ from statistics import geometric_mean
 
 from benchmarks.records import Record
 from benchmarks.registry import BENCHMARKS
-from benchmarks.shapes import EXPERT_SHAPES, FLOOR_SHAPES, LORA_FLOOR_CASES, MEMORY_SHAPE
+from benchmarks.shapes import (
+    EXPERT_SHAPES,
+    FLOOR_SHAPES,
+    LORA_FLOOR_CASES,
+    MANY_EXPERTS,
+    MEMORY_SHAPE,
+)
 
 __all__ = ["AGAIN", "OURS", "Row", "Verdict", "judge", "noise", "rows_of"]
 
 OURS = "moeroute"
 AGAIN = "moeroute (again)"
-MANY_EXPERTS = 64
 MAX_ERROR = {"fp32": 1e-5, "bf16": 2e-2}
 MEAN_OF_BEST = 1.00
 WORST_OF_BEST = 1.10

@@ -29,10 +29,11 @@ SCALING = 0.5
 
 
 def default_cases(device: str) -> list[Case]:
-    """Forward and forward + backward at every listed shape and dtype."""
+    """Forward, forward + backward and memory at every listed shape and dtype."""
+    modes = ("fwd", "fwd_bwd", "mem")
     return [
         Case("gated_lora", mode, shape, tokens, dtype, ROUTINGS[0], device)
-        for mode, (shape, tokens), dtype in product(("fwd", "fwd_bwd"), LORA_FLOOR_CASES, DTYPES)
+        for mode, (shape, tokens), dtype in product(modes, LORA_FLOOR_CASES, DTYPES)
     ]
 
 

@@ -36,7 +36,7 @@ __all__ = ["BENCHMARK", "make_inputs", "reference"]
 COPIES_OF_LAYER = 4
 """batched_mm copies one expert per slot; it is run up to this many times the bytes of the layer."""
 
-ZERO_GRADIENT_BYTES = 48 * 2**30
+ZERO_GRADIENT_BYTES = 20 * 2**30
 """eager writes one gradient of the whole stack per expert; it is run up to this many bytes."""
 
 

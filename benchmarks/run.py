@@ -27,7 +27,7 @@ from benchmarks.registry import BENCHMARKS
 from benchmarks.report import print_report
 from benchmarks.shapes import DTYPES, ROUTINGS
 
-__all__ = ["main", "run_case"]
+__all__ = ["main", "reference_answer", "run_case"]
 
 MODES = ("fwd", "fwd_bwd", "mem")
 RESULTS = ROOT / "benchmarks" / "results.csv"
@@ -39,7 +39,15 @@ def _record(case: Case, provider: str, **values: object) -> Record:
     return Record(provider=provider, **identity, **values)  # pyright: ignore[reportArgumentType]
 
 
-def _reference(benchmark: Benchmark, case: Case, inputs: Inputs) -> list[torch.Tensor]:
+def reference_answer(benchmark: Benchmark, case: Case, inputs: Inputs) -> list[torch.Tensor]:
+    """What every provider must answer to the first batch: output and gradients, in float32.
+
+    Args:
+        benchmark: The op.
+        case: Gives the mode.
+        inputs: Of the case.
+    """
+
     def run(index: int) -> torch.Tensor:
         return benchmark.reference(inputs.weights, inputs.batches[index])
 
@@ -59,7 +67,7 @@ def run_case(benchmark: Benchmark, case: Case, budget: Budget) -> list[Record]:
         One record per provider; those that a rule skips say so in `note`.
     """
     inputs = benchmark.make_inputs(case)
-    wanted = _reference(benchmark, case, inputs)
+    wanted = reference_answer(benchmark, case, inputs)
     bound: dict[str, Bound] = {}
     errors: dict[str, float | None] = {}
     first: dict[str, float] = {}
@@ -130,6 +138,20 @@ def _listed(kind: Callable[[str], object], allowed: Sequence[object] = ()):
     return parse
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a number from 1 on")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} is not a time")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
@@ -141,13 +163,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--op", type=_listed(str, tuple(BENCHMARKS)), default=list(BENCHMARKS), metavar="NAMES")
     add("--modes", type=_listed(str, MODES), metavar="NAMES", help=", ".join(MODES))
     add("--shape", type=_listed(str, shapes), metavar="NAMES", help=", ".join(shapes))
-    add("--tokens", type=_listed(int), metavar="NUMBERS", help="T, such as 1,16,128,1024")
+    add("--tokens", type=_listed(_count), metavar="NUMBERS", help="T, such as 1,16,128,1024")
     add("--dtype", type=_listed(str, tuple(DTYPES)), metavar="NAMES", help=", ".join(DTYPES))
     add("--routing", type=_listed(str, ROUTINGS), metavar="NAMES", help=", ".join(ROUTINGS))
     add("--device", default="cpu", help="a torch device (default: cpu)")
-    add("--threads", type=int, help="of torch's CPU pool (default: torch's own choice)")
-    add("--rounds", type=int, help="for every provider, instead of what fits --seconds")
-    add("--seconds", type=float, default=Budget().seconds, help="for the rounds of one row")
+    add("--threads", type=_count, help="of torch's CPU pool (default: torch's own choice)")
+    add("--rounds", type=_count, help="for every provider, instead of what fits --seconds")
+    add("--seconds", type=_seconds, default=Budget().seconds, help="for the rounds of one row")
     add("--json", type=Path, metavar="FILE", help="write everything to this file")
     add("--csv", type=Path, metavar="FILE", default=RESULTS, help="where --append writes to")
     add("--append", action=argparse.BooleanOptionalAction, default=False, help="keep the rows")

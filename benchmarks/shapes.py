@@ -24,6 +24,7 @@ __all__ = [
     "INPUT_SETS",
     "LORA_FLOOR_CASES",
     "LORA_SHAPES",
+    "MANY_EXPERTS",
     "MEMORY_SHAPE",
     "MEMORY_TOKENS",
     "ROTATE_BELOW_TOKENS",
@@ -76,6 +77,9 @@ EXPERT_SHAPES: Mapping[str, ExpertShape] = MappingProxyType({s.name: s for s in 
 
 FLOOR_SHAPES = ("E8k2", "E64k8", "E128k8")
 """The shapes that `make bench` times and judges."""
+
+MANY_EXPERTS = 64
+"""E at which transformers' eager is to be left far behind."""
 
 MEMORY_SHAPE = "d2048n768k8"
 """The shape at which the bytes saved for backward are judged."""

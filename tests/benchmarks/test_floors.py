@@ -1,0 +1,91 @@
+"""A promise is kept, missed or untold by the rows of a run, and a wrong answer wins nothing."""
+
+import math
+from dataclasses import replace
+
+from benchmarks.floors import AGAIN, OURS, Verdict, judge, noise, rows_of
+from benchmarks.records import Record
+
+ROW = Record(
+    "routed_mlp", OURS, "fwd_bwd", "E64k8", 16, "fp32", "uniform", 9, 1.0, 1.0, 1.0, 1.0, 1e-7
+)
+
+
+def row(**ratios: float) -> list[Record]:
+    peers = [
+        replace(ROW, provider=name, p50_ms=1 / ratio, ours_over_it=ratio)
+        for name, ratio in ratios.items()
+    ]
+    return [ROW, *peers]
+
+
+def verdicts(records: list[Record]) -> dict[str, Verdict]:
+    words = ("definition", "mean", "1.10", "eager", "saved", "gated_lora")
+    return dict(zip(words, judge(records), strict=True))
+
+
+def test_a_run_that_keeps_every_promise():
+    seen = verdicts(row(grouped_mm=0.9, eager=0.05, batched_mm=0.3))
+    told = {"definition": True, "mean": True, "1.10": True, "eager": True}
+    assert {word: verdict.kept for word, verdict in seen.items()} == {
+        **told,
+        "saved": None,
+        "gated_lora": None,
+    }
+    assert "0.900 over 1 rows" in seen["mean"].line
+    assert "20.0x" in seen["eager"].line
+
+
+def test_the_best_peer_is_the_fastest_one():
+    (only,) = rows_of(row(grouped_mm=0.5, eager=1.2, batched_mm=0.1))
+    assert only.best_peer is not None
+    assert (only.best_peer.provider, only.of_best) == ("eager", 1.2)
+
+
+def test_a_slow_row_is_named():
+    seen = verdicts(row(grouped_mm=1.2, eager=0.5))
+    assert [seen[word].kept for word in ("mean", "1.10", "eager")] == [False, False, False]
+    assert seen["1.10"].misses == ("1.200  routed_mlp fwd_bwd E64k8 T=16 fp32 uniform",)
+    assert seen["eager"].misses == ("2.00x  routed_mlp fwd_bwd E64k8 T=16 fp32 uniform",)
+
+
+def test_a_line_that_is_no_peer_is_no_best():
+    (only,) = rows_of(row(grouped_mm=0.9, dense=3.0, **{AGAIN: 1.01}))
+    assert only.of_best == 0.9
+
+
+def test_a_wrong_peer_is_not_the_best():
+    records = [
+        replace(record, error=math.inf) if record.provider == "eager" else record
+        for record in row(grouped_mm=0.9, eager=2.0)
+    ]
+    (only,) = rows_of(records)
+    assert only.of_best == 0.9
+
+
+def test_a_wrong_answer_of_ours_misses():
+    records = [replace(ROW, error=0.1), *row(grouped_mm=0.5, eager=0.1)[1:]]
+    seen = verdicts(records)
+    assert [seen[word].kept for word in ("definition", "mean", "1.10")] == [False, False, False]
+
+
+def test_saved_bytes_are_judged_at_their_shape():
+    ours = replace(ROW, mode="mem", shape_name="d2048n768k8", p50_ms=None, saved_bytes=29)
+    theirs = replace(ours, provider="grouped_mm", saved_bytes=100)
+    assert verdicts([ours, theirs])["saved"].kept is True
+    assert verdicts([replace(ours, saved_bytes=31), theirs])["saved"].kept is False
+
+
+def test_the_mixture_has_no_slack_but_noise_is_told():
+    ours = replace(ROW, op="gated_lora", shape_name="E4k2r8", tokens=64)
+    peer = replace(ours, provider="dense_stacked", ours_over_it=1.02, p50_ms=0.98)
+    again = replace(ours, provider=AGAIN, ours_over_it=0.97)
+    assert noise(rows_of([ours, peer, again])) == 1 - 0.97
+    verdict = verdicts([ours, peer, again])["gated_lora"]
+    assert verdict.kept is False
+    assert "0 of the 1 misses are beyond the noise" in verdict.figure
+
+
+def test_other_shapes_tell_nothing_about_the_promises():
+    seen = verdicts([replace(record, shape_name="tiny") for record in row(grouped_mm=2.0)])
+    assert [verdict.kept for verdict in seen.values()] == [True] + [None] * 5
