@@ -1,0 +1,125 @@
+"""The command line on a tiny checkpoint."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from typer.testing import CliRunner
+
+import moeroute
+from moeroute.cli import app
+
+TEXT = "the quick brown fox jumps over the lazy dog " * 40
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "empty.txt").write_text("")
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel()
+    tokenizer.train_from_iterator([TEXT], BpeTrainer(vocab_size=80, show_progress=False))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    torch.manual_seed(0)
+    moe = MixtralForCausalLM(MixtralConfig(vocab_size=len(fast), num_local_experts=4, **SIZES))
+    dense = LlamaForCausalLM(LlamaConfig(vocab_size=len(fast), **SIZES))
+    for name, model in (("moe", moe), ("dense", dense)):
+        model.save_pretrained(folder / name)
+        fast.save_pretrained(folder / name)
+    base = LlamaForCausalLM.from_pretrained(folder / "dense")
+    moeroute.wrap_model(base, "mixlora", r=2).save_pretrained(folder / "adapter")
+    return folder
+
+
+def run(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "200"})
+
+
+def test_methods_lists_the_registry():
+    result = run("methods")
+    assert result.exit_code == 0
+    for name in moeroute.list_methods():
+        assert name in result.output
+
+
+def test_version():
+    result = run("--version")
+    assert result.output.strip() == moeroute.__version__
+
+
+def test_inspect_prints_writes_and_counts(folder, tmp_path):
+    plot, data = tmp_path / "load.png", tmp_path / "load.json"
+    result = run(
+        "inspect",
+        folder / "moe",
+        "--text",
+        folder / "text.txt",
+        "--plot",
+        plot,
+        "--json",
+        data,
+        "--max-tokens",
+        100,
+        "--length",
+        16,
+    )
+    assert result.exit_code == 0, result.output
+    assert "model.layers.1.mlp.experts" in result.output
+    assert plot.stat().st_size > 1000
+    layers = json.loads(data.read_text())["layers"]
+    assert [layer["tokens"] for layer in layers] == [100, 100]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_inspect_an_adapter(folder, beside):
+    target = [folder / "dense", "--adapter", folder / "adapter"] if beside else [folder / "adapter"]
+    result = run("inspect", *target, "--text", folder / "text.txt", "--max-tokens", 40)
+    assert result.exit_code == 0, result.output
+    assert "model.layers.0.mlp" in result.output
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["inspect", "{}/dense", "--text", "{}/text.txt"], "routes nothing"),
+        (["inspect", "{}/nosuch", "--text", "{}/text.txt"], "cannot load a model"),
+        (["inspect", "{}/moe", "--text", "{}/nosuch.txt"], "is no file"),
+        (["inspect", "{}/moe", "--text", "{}/empty.txt"], "holds no tokens"),
+        (["doctor", "{}/nosuch"], "cannot load a model"),
+    ],
+)
+def test_user_errors_are_one_message(folder, args, words):
+    result = run(*(arg.replace("{}", str(folder)) for arg in args))
+    assert result.exit_code == 1
+    assert words in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+def test_doctor_is_content_with_a_healthy_checkpoint(folder):
+    result = run("doctor", folder / "moe")
+    assert result.exit_code == 0
+    assert "nothing found" in result.output
+
+
+def test_bench_hands_its_arguments_on():
+    result = run("bench", "--help")
+    assert result.exit_code == 0
