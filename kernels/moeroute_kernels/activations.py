@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -96,22 +95,20 @@ def _sigmoid_slope(gradient: Tensor, gate: Tensor, alpha: float) -> Tensor:
     return _aten.sigmoid_backward(gradient, torch.sigmoid(gate))
 
 
-ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
-    {
-        "silu_glu": Activation(_silu, _silu_slope),
-        "gelu_glu": Activation(_gelu, _gelu_slope),
-        "gelu_tanh_glu": Activation(_gelu_tanh, _gelu_tanh_slope),
-        "relu_glu": Activation(_relu, _relu_slope),
-        "sigmoid_glu": Activation(_sigmoid, _sigmoid_slope),
-        "clamped_silu_glu": Activation(_silu, _silu_slope, clamped=True),
-        "gpt_oss_glu": Activation(_swish, _swish_slope, clamped=True, shift=1.0),
-        "silu": Activation(_silu, _silu_slope, gated=False),
-        "gelu": Activation(_gelu, _gelu_slope, gated=False),
-        "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_slope, gated=False),
-        "relu": Activation(_relu, _relu_slope, gated=False),
-        "relu2": Activation(_relu2, _relu2_slope, gated=False),
-    }
-)
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu_glu": Activation(_silu, _silu_slope),
+    "gelu_glu": Activation(_gelu, _gelu_slope),
+    "gelu_tanh_glu": Activation(_gelu_tanh, _gelu_tanh_slope),
+    "relu_glu": Activation(_relu, _relu_slope),
+    "sigmoid_glu": Activation(_sigmoid, _sigmoid_slope),
+    "clamped_silu_glu": Activation(_silu, _silu_slope, clamped=True),
+    "gpt_oss_glu": Activation(_swish, _swish_slope, clamped=True, shift=1.0),
+    "silu": Activation(_silu, _silu_slope, gated=False),
+    "gelu": Activation(_gelu, _gelu_slope, gated=False),
+    "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_slope, gated=False),
+    "relu": Activation(_relu, _relu_slope, gated=False),
+    "relu2": Activation(_relu2, _relu2_slope, gated=False),
+}
 
 
 def split_pre_activation(
