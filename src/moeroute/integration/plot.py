@@ -1,68 +1,165 @@
-"""The heat map of expert load."""
+"""The load of every layer's experts as a heat map."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moeroute.integration.layer_labels import layer_labels
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
+
+    from matplotlib.axes import Axes
+    from torch import Tensor
 
     from moeroute.integration.statistics import LayerStats
 
-MOST_LABELS = 40
-BRIGHTEST = 3.0
+SUFFIXES = (".png", ".svg", ".pdf")
+DOTS_PER_INCH = 150
+CELL = 0.34  # inches
+WIDTHS = (6.4, 16.0)  # least and most, inches
+HEIGHTS = (2.3, 22.0)
+MARGIN = (2.3, 1.55)
+LABEL_INCHES = 0.19
+WRITTEN_CELL = 0.3  # inches a cell must have for its number to be written
+BRIGHT = 0.55  # share of the colour scale from which a number is written in white
+LEAST_TOP = 2.0
 
 
-def plot_load(layers: Sequence[LayerStats], path: str | Path) -> None:
-    """Draw layer by expert, the colour being load relative to an even one; dead experts are marked.
+def plot_load(layers: Sequence[LayerStats], path: str | Path, *, title: str) -> None:
+    """Draw load relative to an even share: one row a layer, one column an expert.
+
+    1 is an even share; the scale ends at the largest load, at least 2. An expert that no token
+    chose bears a cross. Layers may differ in their number of experts.
 
     Args:
-        layers: One row each; layers may differ in their number of experts.
-        path: Where to; the suffix decides the format.
+        layers: What was routed, in order from top to bottom.
+        path: Where to; .png, .svg or .pdf. Missing folders are made.
+        title: Shown above the map.
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: There are no layers.
+        ValueError: There are no layers, or the suffix is none of the three.
     """
-    if not layers:
+    target = Path(path)
+    if target.suffix.lower() not in SUFFIXES:
         raise ValueError(
-            "nothing was routed, so there is no load to plot; run the model inside "
-            "`with moeroute.track_routing(model)`"
+            f"cannot write {target}: a plot's suffix is one of {', '.join(SUFFIXES)}, "
+            f"not {target.suffix!r}"
         )
+    if not layers:
+        raise ValueError("there is nothing to plot: no token was routed inside the block")
+    figure_class = _import_figure()
+    relative = relative_load(layers)
+    width, height = _size(*relative.shape)
+    figure = figure_class(figsize=(width, height), layout="constrained", dpi=DOTS_PER_INCH)
+    axes = figure.add_subplot()
+    image = _draw(axes, relative, layers)
+    axes.set_title(title, fontsize=11, loc="left", pad=10)
+    bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.015, aspect=max(8, 6 * height))
+    bar.set_label("load / even share", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target)
+
+
+def relative_load(layers: Sequence[LayerStats]) -> Tensor:
+    """(layers, largest E) load times E, so that an even share is 1; NaN where no expert is."""
+    widest = max(layer.num_experts for layer in layers)
+    table = torch.full((len(layers), widest), float("nan"))
+    for row, layer in zip(table, layers, strict=True):
+        row[: layer.num_experts] = layer.load * layer.num_experts
+    return table
+
+
+def _import_figure() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'moeroute[plot]'") from error
-    widest = max(len(layer.counts) for layer in layers)
-    relative = torch.full((len(layers), widest), float("nan"), dtype=torch.float64)
+        raise ImportError(
+            "plotting needs matplotlib, which is not installed; install it with "
+            "`pip install 'moeroute[plot]'`"
+        ) from error
+    return Figure
+
+
+def _size(rows: int, columns: int) -> tuple[float, float]:
+    width = min(max(MARGIN[0] + CELL * columns, WIDTHS[0]), WIDTHS[1])
+    return width, min(max(MARGIN[1] + CELL * rows, HEIGHTS[0]), HEIGHTS[1])
+
+
+def _draw(axes: Axes, relative: Tensor, layers: Sequence[LayerStats]) -> Any:
+    from matplotlib import colormaps
+    from matplotlib.colors import TwoSlopeNorm
+
+    rows, columns = relative.shape
+    top = max(relative.nan_to_num(0.0).max().item(), LEAST_TOP)
+    image = axes.imshow(
+        relative.numpy(),
+        cmap=colormaps["RdBu_r"].with_extremes(bad="#e8e8e8"),
+        norm=TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=top),
+        aspect="auto",
+        interpolation="nearest",
+    )
+    axes.spines[:].set_visible(False)
+    inches = [size - margin for size, margin in zip(_size(rows, columns), MARGIN, strict=True)]
+    cell = (inches[0] / columns, inches[1] / rows)
+    if min(cell) > WRITTEN_CELL / 3:
+        axes.set_xticks([edge + 0.5 for edge in range(columns - 1)], minor=True)
+        axes.set_yticks([edge + 0.5 for edge in range(rows - 1)], minor=True)
+        axes.grid(which="minor", color="white", linewidth=0.6)
+    axes.tick_params(which="both", length=0, labelsize=8)
+    _label(axes, layers, cell)
+    written = cell[0] >= WRITTEN_CELL and cell[1] >= WRITTEN_CELL * 0.6
+    _mark(axes, relative, layers, top=top, written=written)
+    return image
+
+
+def _label(axes: Axes, layers: Sequence[LayerStats], cell: tuple[float, float]) -> None:
+    pattern, labels = layer_labels([layer.name for layer in layers])
+    columns = max(layer.num_experts for layer in layers)
+    every = _step(LABEL_INCHES * (1 + len(str(columns)) / 3) / cell[0])
+    shown = range(0, columns, every)
+    axes.set_xticks(list(shown), [str(expert) for expert in shown])
+    every = _step(LABEL_INCHES / cell[1])
+    shown = range(0, len(labels), every)
+    axes.set_yticks(list(shown), [labels[row] for row in shown])
+    axes.set_xlabel("expert", fontsize=9)
+    axes.set_ylabel(pattern, fontsize=9)
+
+
+def _step(least: float) -> int:
+    """The smallest of 1, 2, 5, 10, 20, ... that is at least this."""
+    scale = 1
+    while True:
+        for factor in (1, 2, 5):
+            if factor * scale >= least:
+                return factor * scale
+        scale *= 10
+
+
+def _mark(
+    axes: Axes, relative: Tensor, layers: Sequence[LayerStats], *, top: float, written: bool
+) -> None:
+    """Write the numbers where cells are wide enough; cross out dead experts everywhere."""
+    dead = [(expert, row) for row, layer in enumerate(layers) for expert in layer.dead_experts]
+    if dead:
+        size = 18 if written else 4
+        axes.scatter(*zip(*dead, strict=True), marker="x", c="white", s=size, linewidths=0.9)
+    if not written:
+        return
+    crossed = set(dead)
     for row, layer in enumerate(layers):
-        relative[row, : len(layer.counts)] = layer.load * len(layer.counts)
-    size = (min(3.5 + 0.28 * widest, 16.0), min(1.8 + 0.28 * len(layers), 20.0))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
-    top = max(2.0, min(BRIGHTEST, float(relative.nan_to_num(0.0).max())))
-    image = axes.imshow(relative.numpy(), aspect="auto", cmap="viridis", vmin=0.0, vmax=top)
-    rows, columns = (relative == 0).nonzero(as_tuple=True)
-    if len(rows):
-        axes.scatter(columns, rows, marker="x", color="tomato", s=18, label="chosen by no token")
-        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False, fontsize=8)
-    axes.set_xlabel("expert")
-    axes.set_xticks(range(0, widest, max(1, widest // 16)))
-    step = max(1, -(-len(layers) // MOST_LABELS))
-    axes.set_yticks(range(0, len(layers), step), _labels(layers)[::step], fontsize=8)
-    axes.set_title("load of each expert", fontsize=10, loc="right")
-    figure.colorbar(image, ax=axes, extend="max", label="load / even load")
-    figure.savefig(path, dpi=150)
-
-
-def _labels(layers: Sequence[LayerStats]) -> list[str]:
-    """Module names without what all of them share at either end."""
-    parts = [layer.name.split(".") for layer in layers]
-    while len(layers) > 1 and all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
-        parts = [p[1:] for p in parts]
-    while len(layers) > 1 and all(len(p) > 1 for p in parts) and len({p[-1] for p in parts}) == 1:
-        parts = [p[:-1] for p in parts]
-    return [".".join(p) for p in parts]
+        for expert in range(layer.num_experts):
+            if (expert, row) in crossed:
+                continue
+            value = relative[row, expert].item()
+            strength = 1 - value if value < 1 else (value - 1) / (top - 1)
+            colour = "white" if strength > BRIGHT else "#333333"
+            axes.text(
+                expert, row, f"{value:.1f}", ha="center", va="center", fontsize=7, color=colour
+            )

@@ -1,9 +1,12 @@
-"""How a model's layers used their experts: what `track_routing` collects, as tables and numbers."""
+"""What was routed where, as numbers: added up on the device, read when somebody asks.
+
+Axes: T tokens, K slots per token, E experts.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,228 +15,259 @@ from torch import Tensor
 from moeroute.ops.load import (
     co_activation,
     coefficient_of_variation,
+    dead_experts,
     load_entropy,
     max_violation,
     tokens_per_expert,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from rich.table import Table
-
-SHOWN_DEAD = 6
+    from moeroute.integration.routing_table import RoutingTable
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LayerStats:
-    """How one layer used its experts.
+    """The routing of one layer over all tokens seen; tensors are on the CPU.
 
     Attributes:
-        name: Full module name.
-        layer_index: Position in depth, -1 if it has none.
+        name: Full module name of the layer.
+        layer_index: Position in depth, -1 if the name holds none.
         tokens: Tokens routed, padding left out.
-        counts: (E,) int64, slots that chose each expert.
-        coactivation: (E, E) int64, tokens that chose both experts of a pair.
-        weight_sums: (E,) float64, total routing weight that each expert received.
+        counts: (E,) int64, filled slots of each expert.
+        load: (E,) float32, each expert's share, sums to 1: of the slots, or of the routing weight
+            where the layer is `soft`.
+        mean_weight: (E,) float32, mean routing weight over the slots of each expert, 0 where it has
+            none.
+        entropy: Entropy of `load` as a fraction of its maximum, 1 at perfect balance.
+        cv: Standard deviation of `load` divided by its mean, 0 at perfect balance.
+        max_violation: Largest load divided by the mean load, minus 1; 0 at perfect balance.
+        dead_experts: Ids of the experts that no token chose.
+        coactivation: (E, E) int64, tokens that chose both experts of a pair; None if not counted.
+        soft: True if every token took every expert, so that slots say nothing about balance.
     """
 
     name: str
     layer_index: int
     tokens: int
     counts: Tensor
-    coactivation: Tensor
-    weight_sums: Tensor
+    load: Tensor
+    mean_weight: Tensor
+    entropy: float
+    cv: float
+    max_violation: float
+    dead_experts: tuple[int, ...]
+    coactivation: Tensor | None
+    soft: bool
 
     @property
-    def load(self) -> Tensor:
-        """(E,) float64, the fraction of all slots that chose each expert."""
-        return self.counts.double() / self.counts.sum().clamp(min=1)
+    def num_experts(self) -> int:
+        """E."""
+        return self.counts.shape[0]
 
     @property
-    def mean_weights(self) -> Tensor:
-        """(E,) float64, mean routing weight of the slots that chose each expert; 0 if none did."""
-        return self.weight_sums / self.counts.clamp(min=1)
-
-    @property
-    def entropy(self) -> float:
-        """Entropy of the load as a fraction of log(E): 1 even, 0 one expert."""
-        return float(load_entropy(self.counts))
-
-    @property
-    def cv(self) -> float:
-        """Coefficient of variation of the load: 0 even."""
-        return float(coefficient_of_variation(self.counts))
-
-    @property
-    def max_violation(self) -> float:
-        """How far the fullest expert lies over the mean, as a fraction of the mean."""
-        return float(max_violation(self.counts))
-
-    @property
-    def dead_experts(self) -> tuple[int, ...]:
-        """Experts that no token chose."""
-        return tuple((self.counts == 0).nonzero().flatten().tolist())
+    def slots_per_token(self) -> float:
+        """Mean number of filled slots a token: K, or less where slots stay empty."""
+        return int(self.counts.sum()) / self.tokens if self.tokens else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """The same as plain data."""
         return {
             "name": self.name,
             "layer_index": self.layer_index,
+            "num_experts": self.num_experts,
             "tokens": self.tokens,
+            "slots_per_token": self.slots_per_token,
             "counts": self.counts.tolist(),
             "load": self.load.tolist(),
-            "mean_weights": self.mean_weights.tolist(),
+            "mean_weight": self.mean_weight.tolist(),
             "entropy": self.entropy,
             "cv": self.cv,
             "max_violation": self.max_violation,
             "dead_experts": list(self.dead_experts),
-            "coactivation": self.coactivation.tolist(),
+            "coactivation": None if self.coactivation is None else self.coactivation.tolist(),
+            "soft": self.soft,
         }
 
 
-class LayerSums:
-    """Running sums of one layer, on the layer's device."""
+class LayerTally:
+    """Running sums of one layer; nothing here waits for the device.
 
-    def __init__(self, layer_index: int, size: int, device: torch.device) -> None:
-        self.layer_index = layer_index
-        self.size = size
+    Args:
+        num_experts: E.
+        device: Where the sums live.
+        coactivation: Whether to count pairs, an (E, E) table.
+    """
+
+    def __init__(self, num_experts: int, device: torch.device, *, coactivation: bool) -> None:
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        self.counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        self.weights = torch.zeros(num_experts, dtype=exact, device=device)
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
-        self.counts = torch.zeros(size, dtype=torch.int64, device=device)
-        self.coactivation = torch.zeros(size, size, dtype=torch.int64, device=device)
-        self.weight_sums = torch.zeros(size, dtype=torch.float64, device=device)
+        self.pairs = torch.zeros_like(self.counts).repeat(num_experts, 1) if coactivation else None
 
-    def add(self, chosen: Tensor, weights: Tensor, token_mask: Tensor | None) -> None:
-        """Count (T, K) choices and their weights; (T,) token_mask leaves padding out."""
-        self.tokens += chosen.shape[0] if token_mask is None else token_mask.sum()
-        self.counts += tokens_per_expert(chosen, self.size, token_mask)
-        self.coactivation += co_activation(chosen, self.size, token_mask)
-        filled = (chosen >= 0) & (chosen < self.size)
+    def add(self, ids: Tensor, weights: Tensor, token_mask: Tensor | None) -> None:
+        """Add (T, K) ids and weights of tokens, those where the (T,) mask is False left out."""
+        size = self.counts.shape[0]
+        ids, weights = ids.to(self.counts.device), weights.to(self.counts.device)
         if token_mask is not None:
-            filled = filled & token_mask.reshape(-1, 1)
-        bins = torch.where(filled, chosen, self.size).flatten().long()
-        weights = torch.where(filled, weights, 0).flatten().double()
-        sums = self.weight_sums.new_zeros(self.size + 1).index_add_(0, bins, weights)
-        self.weight_sums += sums[: self.size]
+            token_mask = token_mask.to(self.counts.device)
+        self.counts += tokens_per_expert(ids, size, token_mask)
+        if self.pairs is not None:
+            self.pairs += co_activation(ids, size, token_mask)
+        filled = (ids >= 0) & (ids < size)
+        if token_mask is not None:
+            filled = filled & token_mask[:, None]
+        amounts = torch.where(filled, weights.abs().to(self.weights.dtype), 0.0).reshape(-1)
+        groups = torch.where(filled, ids, size).reshape(-1).to(torch.int64)
+        self.weights += (
+            torch.zeros_like(self.weights[:1])
+            .repeat(size + 1)
+            .scatter_add(0, groups, amounts)[:size]
+        )
+        self.tokens += ids.shape[0] if token_mask is None else token_mask.sum()
+
+    def sums(self) -> tuple[Tensor, ...]:
+        """The tensors that add up over processes."""
+        return (self.counts, self.weights, self.tokens)
+
+    def read(self, name: str) -> LayerStats:
+        """Fetch the sums and derive the rest; waits for the device."""
+        counts, weights, tokens = self.counts.cpu(), self.weights.cpu(), int(self.tokens)
+        soft = counts.shape[0] > 1 and tokens > 0 and bool((counts == tokens).all())
+        usage = weights if soft else counts
+        return LayerStats(
+            name=name,
+            layer_index=layer_index(name),
+            tokens=tokens,
+            counts=counts,
+            load=(usage / usage.sum().clamp(min=torch.finfo(torch.float32).tiny)).float(),
+            mean_weight=(weights / counts.clamp(min=1)).float(),
+            entropy=load_entropy(usage).item(),
+            cv=coefficient_of_variation(usage).item(),
+            max_violation=max_violation(usage).item(),
+            dead_experts=tuple(dead_experts(counts).nonzero().flatten().tolist()) if tokens else (),
+            coactivation=None if self.pairs is None else self.pairs.cpu(),
+            soft=soft,
+        )
 
 
 class RoutingStats:
-    """What was routed inside a `track_routing` block; readable during the block and after it.
+    """The routing of a model's layers, as `track_routing` gathers it.
 
-    Nothing waits for the device until a number is read.
+    Reading anything waits for the device; gathering does not. `print(stats)` shows the summary.
+
+    Args:
+        model_name: Name of the model's class, for titles.
+        names: Full module names of the layers that can be seen, in module order.
+        coactivation: Whether to count which experts are chosen together.
     """
 
-    def __init__(self) -> None:
-        self._sums: dict[str, LayerSums] = {}
+    def __init__(self, model_name: str, names: Sequence[str], *, coactivation: bool = True) -> None:
+        self.model_name = model_name
+        self.names = tuple(names)
+        self.tallies: dict[str, LayerTally] = {}
+        self._coactivation = coactivation
 
-    @torch.no_grad()
     def add(
         self,
         name: str,
-        layer_index: int,
-        size: int,
-        chosen: Tensor,
+        num_experts: int,
+        ids: Tensor,
         weights: Tensor,
         token_mask: Tensor | None = None,
     ) -> None:
-        """Count one call of one layer.
+        """Add one call of a layer, without waiting for the device.
 
         Args:
-            name: Full module name.
-            layer_index: Position in depth.
-            size: E.
-            chosen: (T, K) ids; ids outside [0, size) are empty slots.
-            weights: (T, K).
-            token_mask: (T,) bool, False marks padding.
+            name: Full module name of the layer.
+            num_experts: E.
+            ids: (T, K) integers; anything outside [0, E) is an empty slot.
+            weights: (T, K), any floating dtype.
+            token_mask: (T,) bool, False marks padding; None counts every token.
         """
-        sums = self._sums.get(name)
-        if sums is None:
-            sums = self._sums[name] = LayerSums(layer_index, size, chosen.device)
-        sums.add(chosen.detach(), weights.detach(), token_mask)
+        with torch.inference_mode(False), torch.no_grad():
+            tally = self.tallies.get(name)
+            if tally is not None and tally.counts.shape[0] != num_experts:
+                self.add(f"{name} ({num_experts} experts)", num_experts, ids, weights, token_mask)
+                return
+            if tally is None:
+                tally = LayerTally(num_experts, ids.device, coactivation=self._coactivation)
+                self.tallies[name] = tally
+            tally.add(ids.detach(), weights.detach(), token_mask)
 
     def reset(self) -> None:
         """Forget everything counted so far."""
-        self._sums.clear()
+        self.tallies = {}
 
     @property
-    def layers(self) -> list[LayerStats]:
-        """One entry a layer, in the order of their first call."""
-        return [
-            LayerStats(
-                name=name,
-                layer_index=sums.layer_index,
-                tokens=int(sums.tokens),
-                counts=sums.counts.cpu(),
-                coactivation=sums.coactivation.cpu(),
-                weight_sums=sums.weight_sums.cpu(),
-            )
-            for name, sums in self._sums.items()
-        ]
-
-    def summary(self) -> Table:
-        """A rich table, one row a layer: print it with `rich.print(stats.summary())`."""
-        from rich.table import Table
-
-        layers = self.layers
-        table = Table(title=_title(layers))
-        for column, side in (
-            ("layer", "left"),
-            ("experts", "right"),
-            ("tokens", "right"),
-            ("entropy", "right"),
-            ("cv", "right"),
-            ("max load", "right"),
-            ("min load", "right"),
-            ("dead experts", "left"),
-        ):
-            table.add_column(column, justify=side, overflow="fold")  # type: ignore[arg-type]
-        for layer in layers:
-            table.add_row(
-                layer.name,
-                str(len(layer.counts)),
-                str(layer.tokens),
-                f"{layer.entropy:.3f}",
-                f"{layer.cv:.3f}",
-                f"{float(layer.load.max()):.1%}",
-                f"{float(layer.load.min()):.1%}",
-                _dead(layer.dead_experts),
-            )
-        return table
+    def layers(self) -> tuple[LayerStats, ...]:
+        """One entry a layer that has routed something, in module order."""
+        place = {name: index for index, name in enumerate(self.names)}
+        ordered = sorted(self.tallies, key=lambda name: place.get(name, len(place)))
+        return tuple(self.tallies[name].read(name) for name in ordered)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON: {"layers": [...]} as `LayerStats.to_dict` gives them."""
-        return {"layers": [layer.to_dict() for layer in self.layers]}
+        """Everything as plain data that `json.dumps` takes.
 
-    def plot(self, path: str | Path) -> None:
-        """Draw the load as a heat map, layer by expert, relative to an even load.
+        Returns:
+            "model", "tracked_layers" (names) and "layers", a list of `LayerStats.to_dict()`.
+        """
+        return {
+            "model": self.model_name,
+            "tracked_layers": list(self.names),
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
+
+    def summary(self) -> RoutingTable:
+        """A `rich.table.Table` with one row a layer; plain `print` shows it too."""
+        from moeroute.integration.routing_table import routing_table
+
+        return routing_table(self.model_name, self.layers, len(self.names))
+
+    def plot(self, path: str | Path, *, title: str | None = None) -> None:
+        """Draw load by layer and expert, relative to an even share, into a file.
 
         Args:
-            path: Where to; the suffix decides the format (.png, .svg, .pdf).
+            path: Where to; the suffix chooses .png, .svg or .pdf. Missing folders are made.
+            title: Shown above the map; by default the model's class and the number of tokens.
 
         Raises:
-            ImportError: matplotlib is missing; install moeroute[plot].
-            ValueError: Nothing was routed.
+            ImportError: matplotlib is missing; it says how to install it.
+            ValueError: Nothing was routed, or the suffix is none of the three.
         """
         from moeroute.integration.plot import plot_load
 
-        plot_load(self.layers, path)
+        plot_load(self.layers, path, title=title or _plot_title(self.model_name, self.layers))
 
     def __str__(self) -> str:
-        """The summary as text."""
-        from rich.console import Console
-
-        text = StringIO()
-        Console(file=text, width=120).print(self.summary())
-        return text.getvalue()
+        """Show the summary as text."""
+        return str(self.summary())
 
 
-def _title(layers: list[LayerStats]) -> str:
-    if not layers:
-        return "Routing: nothing was routed"
-    return f"Routing of {len(layers)} layers; entropy 1 and cv 0 are an even load"
+def total_tokens(layers: Sequence[LayerStats]) -> int:
+    """Tokens that went through the model: the most that any layer saw."""
+    return max((layer.tokens for layer in layers), default=0)
 
 
-def _dead(experts: tuple[int, ...]) -> str:
-    shown = ", ".join(str(expert) for expert in experts[:SHOWN_DEAD])
-    more = len(experts) - SHOWN_DEAD
-    return f"{shown} and {more} more" if more > 0 else shown or "-"
+def means(layers: Sequence[LayerStats]) -> Mapping[str, float]:
+    """Balance over layers: mean entropy and CV, largest violation, sum of dead experts."""
+    count = max(len(layers), 1)
+    return {
+        "entropy": sum(layer.entropy for layer in layers) / count,
+        "cv": sum(layer.cv for layer in layers) / count,
+        "max_violation": max((layer.max_violation for layer in layers), default=0.0),
+        "dead_experts": float(sum(len(layer.dead_experts) for layer in layers)),
+    }
+
+
+def layer_index(name: str) -> int:
+    """The first number that stands alone in a dotted name, -1 if there is none."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(found.group(1)) if found else -1
+
+
+def _plot_title(model_name: str, layers: Sequence[LayerStats]) -> str:
+    return f"Expert load in {model_name}, {total_tokens(layers):,} tokens"

@@ -1,154 +1,199 @@
-"""Watches routing: in wrapped models, in models made of our layers, in any MoE checkpoint."""
+"""`track_routing`: watch the routing of any MoE checkpoint and of any model with moeroute layers."""
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from moeroute.integration.experts_report import experts_report
+from moeroute.integration.routing_sources import bind_arguments, find_sources, plain_name
 from moeroute.integration.statistics import RoutingStats
-from moeroute.layers.routed import name_routed_layers, routing_passes
-from moeroute.types import RoutingRecord
+from moeroute.layers.routed import name_routed_layers, routed_layers, routing_passes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from moeroute.integration.routing_sources import Routed, Source, Sources
+    from moeroute.types import RoutingRecord
+
+NOT_IN_BACKWARD = -1
 
 
 @contextmanager
-def track_routing(model: nn.Module) -> Iterator[RoutingStats]:
-    """Count what a model routes inside the block, in training and in eval.
+def track_routing(model: nn.Module, *, coactivation: bool = True) -> Iterator[RoutingStats]:
+    """Watch which experts the tokens go to, in training and in evaluation, inside the block.
 
-    Works on what `moeroute.wrap_model` returns, on models that hold moeroute layers, and on any
-    transformers MoE checkpoint whose experts are called with ids and weights. Padding is left out
-    (where an `attention_mask` of shape (B, S) is passed by name), recomputation under activation
-    checkpointing is not counted again, and no number is fetched from the device before it is read.
+    Works on transformers' MoE checkpoints as they are, on models that `moeroute.wrap_model` has
+    wrapped, and on models built from moeroute's layers. Counts are added up on the device; nothing
+    waits for it until the statistics are read, during the block or after it. Padding is left out
+    where the model is called with an `attention_mask`; what activation checkpointing computes again
+    is not counted twice. Compiled modules run uncompiled inside the block.
 
     Args:
-        model: The model to watch.
+        model: The model. It is unchanged after the block.
+        coactivation: Whether to count which experts are chosen together, an (E, E) table a layer.
 
     Yields:
-        The statistics: `.layers`, `.summary()`, `.to_dict()`, `.plot(path)`.
+        The statistics, empty until the model is called.
 
     Raises:
-        ValueError: The model routes nothing that can be watched.
+        ValueError: The model has no routed layer.
 
     Example:
         >>> with moeroute.track_routing(model) as stats:
-        ...     model(**batch)
-        >>> print(stats)
+        ...     model(input_ids=input_ids)
+        >>> print(stats.summary())
     """
-    stats = RoutingStats()
     name_routed_layers(model)
-    passes = routing_passes(model)
-    report = experts_report(model)
-    if not passes and not report.dispatched:
-        raise ValueError(_nothing_to_watch(model, report.ignored))
-    if report.ignored:
-        _warn_of_ignored(report.ignored)
+    sources = find_sources(model)
+    hosts = {id(layer): plain_name(name) for name, layer in routed_layers(model)}
+    if not hosts and not sources.readable:
+        raise ValueError(_nothing_to_track(model, sources))
+    if sources.unreadable:
+        warnings.warn(_unreadable(sources), stacklevel=3)
+    wanted = {*hosts.values(), *(source.name for source in sources.readable)}
+    names = [name for name in map(plain_name, _module_names(model)) if name in wanted]
+    stats = RoutingStats(_class_name(model), list(dict.fromkeys(names)), coactivation=coactivation)
     with ExitStack() as stack:
-        for routing_pass in passes:
-            stack.enter_context(routing_pass.listening(_RecordCounter(stats)))
-        if report.dispatched:
-            counter = _CallCounter(stats)
-            for root in _roots(model):
-                handle = root.register_forward_pre_hook(counter.see_mask, with_kwargs=True)
-                stack.callback(handle.remove)
-            for name in report.dispatched:
-                experts = model.get_submodule(name)
-                handle = experts.register_forward_pre_hook(counter.hook(name), with_kwargs=True)
-                stack.callback(handle.remove)
+        masks = _Masks()
+        for module in _callables_with_mask(model):
+            stack.callback(module.register_forward_pre_hook(masks.push, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(masks.pop, always_call=True).remove)
+        for source in sources.readable:
+            stack.callback(_watch(source, stats, masks))
+        for routing_pass in routing_passes(model):
+            stack.enter_context(routing_pass.listening(_listener(stats, masks)))
+        if _is_compiled(model):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield stats
 
 
-class _RecordCounter:
-    """Counts the records of our own layers."""
+class _Masks:
+    """The padding masks of the calls that are running now, the innermost last."""
 
-    def __init__(self, stats: RoutingStats) -> None:
-        self.stats = stats
+    def __init__(self) -> None:
+        self.stack: list[Tensor | None] = []
 
-    def __call__(self, record: RoutingRecord) -> None:
-        if _in_backward():
+    def push(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: take the call's own mask, else the one of the call around it."""
+        arguments = bind_arguments(module, args, kwargs)
+        around = self.stack[-1] if self.stack else None
+        mask = arguments.get("attention_mask", around)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            self.stack.append(_of_these_tokens(mask, arguments))
+        else:
+            self.stack.append(None if mask is None else around)
+
+    def pop(self, *_: Any) -> None:
+        """Forward hook, also called after an exception."""
+        self.stack.pop()
+
+    def of(self, tokens: int) -> Tensor | None:
+        """The (T,) mask if it speaks of this many tokens, else None."""
+        mask = self.stack[-1] if self.stack else None
+        return mask.reshape(-1) if mask is not None and mask.numel() == tokens else None
+
+
+def _of_these_tokens(mask: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """A mask that also covers cached tokens is cut to the tokens of this call."""
+    for name in ("input_ids", "inputs_embeds"):
+        tokens = arguments.get(name)
+        if isinstance(tokens, Tensor) and tokens.ndim > 1:
+            mask = mask[:, -tokens.shape[1] :]
+    return mask.to(torch.bool)
+
+
+def _watch(source: Source, stats: RoutingStats, masks: _Masks) -> Callable[[], None]:
+    """Hook one place; the result takes the hook off again."""
+
+    def keep(routed: Routed | None) -> None:
+        if routed is None or _recomputing():
+            return
+        mask = masks.of(routed.ids.shape[0])
+        stats.add(source.name, routed.num_experts, routed.ids, routed.weights, mask)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(source.read(module, bind_arguments(module, args, kwargs)))
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        keep(source.read(module, output))
+
+    if source.reads_input:
+        return source.module.register_forward_pre_hook(before, with_kwargs=True).remove
+    return source.module.register_forward_hook(after).remove
+
+
+def _listener(stats: RoutingStats, masks: _Masks) -> Callable[[RoutingRecord], None]:
+    def listen(record: RoutingRecord) -> None:
+        if _recomputing():
             return
         routing = record.routing
-        self.stats.add(
-            record.site,
-            record.layer_index if record.layer_index >= 0 else _layer_index(record.site),
+        mask = record.token_mask
+        if mask is None:
+            mask = masks.of(routing.selected_experts.shape[0])
+        stats.add(
+            plain_name(record.site),
             routing.num_experts,
             routing.selected_experts,
             routing.routing_weights,
-            record.token_mask,
+            mask,
         )
 
-
-class _CallCounter:
-    """Counts the calls of a checkpoint's own experts modules."""
-
-    def __init__(self, stats: RoutingStats) -> None:
-        self.stats = stats
-        self.token_mask: Tensor | None = None
-
-    def see_mask(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember the padding mask of this call; a longer one (with a cache) is cut to its end."""
-        mask = kwargs.get("attention_mask")
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-        self.token_mask = None
-        if isinstance(mask, Tensor) and mask.ndim == 2 and isinstance(tokens, Tensor):
-            self.token_mask = mask[:, -tokens.shape[1] :].to(torch.bool).reshape(-1)
-
-    def hook(self, name: str) -> Any:
-        """A forward pre-hook for the experts module of this name."""
-
-        def count(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if _in_backward():
-                return
-            values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            if len(values) < 3:
-                return
-            _, chosen, weights = values[:3]
-            mask = self.token_mask
-            if mask is not None and mask.numel() != chosen.shape[0]:
-                mask = None
-            size = int(getattr(experts, "num_experts", chosen.shape[-1]))
-            self.stats.add(name, _layer_index(name), size, chosen, weights, mask)
-
-        return count
+    return listen
 
 
-def _in_backward() -> bool:
-    """True inside a backward pass, where activation checkpointing runs layers a second time."""
-    return torch._C._current_graph_task_id() != -1
+def _recomputing() -> bool:
+    """True inside a backward pass: activation checkpointing computes a forward again there."""
+    return torch._C._current_graph_task_id() != NOT_IN_BACKWARD
 
 
-def _roots(model: nn.Module) -> list[nn.Module]:
-    """The model, and the base that a PeftModel calls under `generate`."""
-    base = getattr(model, "get_base_model", None)
-    return [model] if base is None else [model, base()]
+def _callables_with_mask(model: nn.Module) -> list[nn.Module]:
+    """The model itself and every transformers model inside it: a call may enter at any of them."""
+    inner = [m for m in model.modules() if isinstance(getattr(m, "main_input_name", None), str)]
+    return [model, *(module for module in inner if module is not model)]
 
 
-def _layer_index(name: str) -> int:
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return int(found.group(1)) if found else -1
+def _module_names(model: nn.Module) -> Iterator[str]:
+    for name, _ in model.named_modules():
+        yield name
+        if name.endswith((".gate", ".router")):
+            yield name.rpartition(".")[0]
 
 
-def _nothing_to_watch(model: nn.Module, ignored: tuple[tuple[str, str], ...]) -> str:
-    looked_for = (
-        f"{type(model).__name__} routes nothing that can be watched: it holds no moeroute layer "
-        "and "
-        "no experts module that is called with ids and weights"
+def _is_compiled(model: nn.Module) -> bool:
+    return any(
+        type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+        for module in model.modules()
     )
-    if not ignored:
-        return looked_for + "; wrap it with moeroute.wrap_model, or pass a MoE checkpoint"
-    classes = ", ".join(sorted({class_name for _, class_name in ignored}))
-    return f"{looked_for}. {classes} compute their experts in a way of their own"
 
 
-def _warn_of_ignored(ignored: tuple[tuple[str, str], ...]) -> None:
-    warnings.warn(
-        f"{len(ignored)} expert modules cannot be watched (first: {ignored[0][0]}, a "
-        f"{ignored[0][1]}): they compute their experts in a way of their own",
-        stacklevel=4,
+def _class_name(model: nn.Module) -> str:
+    while isinstance(inner := getattr(model, "base_model", None), nn.Module) and inner is not model:
+        if not hasattr(model, "peft_config"):
+            break
+        model = getattr(inner, "model", inner)
+    return type(model).__name__
+
+
+def _nothing_to_track(model: nn.Module, sources: Sources) -> str:
+    message = (
+        f"{_class_name(model)} has no routed layer that can be tracked. Looked for: moeroute's "
+        "layers (a wrapped model, MoELayer); transformers experts modules called with "
+        "(hidden_states, top_k_index, top_k_weights); the routers of known families; an `experts` "
+        "list beside a linear `gate`"
+    )
+    if sources.unreadable:
+        return f"{message}. {_unreadable(sources)}"
+    return f"{message}. Pass an MoE checkpoint, or wrap this model with moeroute.wrap_model first"
+
+
+def _unreadable(sources: Sources) -> str:
+    classes = sorted({class_name for _, class_name in sources.unreadable})
+    return (
+        f"{len(sources.unreadable)} experts modules cannot be tracked ({', '.join(classes)}; first: "
+        f"{sources.unreadable[0][0]}): this family does not call its experts with ids and weights, "
+        "and its router is not known to moeroute"
     )

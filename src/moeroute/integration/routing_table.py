@@ -1,0 +1,138 @@
+"""The routing of a model as a table for the terminal."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moeroute.integration.layer_labels import layer_labels
+from moeroute.integration.statistics import means, total_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from moeroute.integration.statistics import LayerStats
+
+LEVELS = " ▁▂▃▄▅▆▇█"
+BARS = 32
+NARROWEST = 100
+DEAD_SHOWN = 3
+UNEVEN_CV = 1.0
+NOTHING = "nothing was routed inside the block: call the model before it ends"
+
+
+class RoutingTable(Table):
+    """A `rich` table that `print` can show as well."""
+
+    def __str__(self) -> str:
+        """The table as plain text, as wide as the terminal and at least 100 columns."""
+        width = max(shutil.get_terminal_size((NARROWEST, 24)).columns, NARROWEST)
+        console = Console(file=io.StringIO(), width=width, color_system=None)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get().rstrip("\n")
+
+
+def routing_table(model_name: str, layers: Sequence[LayerStats], tracked: int) -> RoutingTable:
+    """One row a layer, one for the mean.
+
+    Args:
+        model_name: For the title.
+        layers: What was routed; with none of them the table says so.
+        tracked: How many layers were watched.
+    """
+    table = RoutingTable(box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    table.title = f"Routing of {model_name}: {total_tokens(layers):,} tokens"
+    if not layers:
+        table.add_column(f"{tracked} routed layers watched")
+        table.add_row(NOTHING)
+        return table
+    pattern, labels = layer_labels([layer.name for layer in layers])
+    table.add_column("layer", no_wrap=True)
+    for heading in ("experts", "slots", "entropy", "CV", "max viol", "dead", "busiest"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("load", no_wrap=True)
+    for label, layer in zip(labels, layers, strict=True):
+        table.add_row(label + (" (soft)" if layer.soft else ""), *_cells(layer))
+    if len(layers) > 1:
+        table.add_section()
+        table.add_row(*_mean_row(layers))
+    table.caption = _caption(layers, tracked, pattern)
+    return table
+
+
+def load_bars(load: Tensor) -> str:
+    """One block a expert, or a group of neighbours; a dead group is a dot, an even share half high.
+
+    Args:
+        load: (E,) shares that sum to 1.
+    """
+    groups = load.chunk(BARS)
+    even = load.shape[0]
+    return "".join(_bar(group.mean().item() * even) for group in groups)
+
+
+def _bar(relative: float) -> str:
+    if relative == 0.0:
+        return "·"
+    highest = len(LEVELS) - 1
+    return LEVELS[min(max(round(relative * highest / 2), 1), highest)]
+
+
+def _cells(layer: LayerStats) -> tuple[str | Text, ...]:
+    busiest = int(layer.load.argmax())
+    return (
+        str(layer.num_experts),
+        f"{layer.slots_per_token:.3g}",
+        f"{layer.entropy:.3f}",
+        Text(f"{layer.cv:.2f}", style="yellow" if layer.cv > UNEVEN_CV else ""),
+        f"{layer.max_violation:.2f}",
+        _dead(layer.dead_experts),
+        f"{busiest} ({layer.load[busiest].item():.0%})",
+        load_bars(layer.load),
+    )
+
+
+def _mean_row(layers: Sequence[LayerStats]) -> tuple[str, ...]:
+    mean = means(layers)
+    dead = f"{mean['dead_experts']:.0f}"
+    return (
+        "all",
+        "",
+        "",
+        f"{mean['entropy']:.3f}",
+        f"{mean['cv']:.2f}",
+        f"{mean['max_violation']:.2f}",
+        dead,
+        "",
+        "",
+    )
+
+
+def _dead(ids: tuple[int, ...]) -> Text:
+    if not ids:
+        return Text("0")
+    shown = ",".join(map(str, ids[:DEAD_SHOWN])) + (",…" if len(ids) > DEAD_SHOWN else "")
+    return Text(f"{len(ids)} ({shown})", style="red")
+
+
+def _caption(layers: Sequence[LayerStats], tracked: int, pattern: str) -> str:
+    notes = [
+        "even load: entropy 1, CV 0, max violation 0, bars half high. slots: filled, per token",
+    ]
+    if len(layers) > 1:
+        notes.insert(0, f"layers: {pattern}")
+        notes.append("all: mean entropy and CV, largest violation, sum of dead experts")
+    if any(layer.soft for layer in layers):
+        notes.append("soft: every token takes every expert, load is the share of routing weight")
+    if len(layers) < tracked:
+        notes.append(f"{tracked - len(layers)} more routed layers saw no token")
+    return "\n".join(notes)
