@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from benchmarks.cases import Bound, Case, Inputs
 
 __all__ = [
+    "CLOCKS",
     "Budget",
     "error_of",
     "interleave",
@@ -30,9 +32,15 @@ SLOW = 4.0
 """A provider this many times slower than the fastest one is no contender: it gets fewer rounds."""
 
 
+CLOCKS: Mapping[str, Callable[[], float]] = MappingProxyType(
+    {"wall": time.perf_counter, "cpu": time.process_time}
+)
+"""Wall time, or the process's own time on the processor: for a busy machine, with one thread."""
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How long one row may take.
+    """How long one row may take, and by which clock.
 
     Attributes:
         seconds: For the rounds of the contenders of a row.
@@ -40,6 +48,7 @@ class Budget:
         least: Rounds of a contender, however slow.
         most: Rounds of anyone, however fast.
         exact: Rounds of everyone instead of all this, or None.
+        clock: Key of `CLOCKS`; a GPU has its own.
     """
 
     seconds: float = 4.0
@@ -47,6 +56,7 @@ class Budget:
     least: int = 7
     most: int = 101
     exact: int | None = None
+    clock: str = "wall"
 
 
 def step(bound: Bound, inputs: Inputs, index: int, mode: str) -> list[Tensor]:
@@ -79,8 +89,14 @@ def error_of(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     return worst
 
 
-def seconds_of(call: Callable[[], object], device: str) -> float:
-    """How long a call takes, the device's own work included."""
+def seconds_of(call: Callable[[], object], device: str, clock: str = "wall") -> float:
+    """How long a call takes, the device's own work included.
+
+    Args:
+        call: What to time.
+        device: A torch device; CUDA events time a GPU.
+        clock: Key of `CLOCKS`, for a CPU.
+    """
     if torch.device(device).type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
@@ -89,9 +105,9 @@ def seconds_of(call: Callable[[], object], device: str) -> float:
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1e3
-    begin = time.perf_counter()
+    begin = CLOCKS[clock]()
     call()
-    return time.perf_counter() - begin
+    return CLOCKS[clock]() - begin
 
 
 def rounds_for(estimates: dict[str, float], budget: Budget) -> dict[str, int]:
@@ -141,7 +157,9 @@ def interleave(
     sets = len(inputs.batches)
 
     def timed(name: str, index: int) -> float:
-        return seconds_of(lambda: step(providers[name], inputs, index, case.mode), case.device)
+        return seconds_of(
+            lambda: step(providers[name], inputs, index, case.mode), case.device, budget.clock
+        )
 
     fastest = min(first.values())
     estimates = {

@@ -56,6 +56,7 @@ class Record:
         tokens: T.
         dtype: Key of `benchmarks.shapes.DTYPES`.
         routing: How tokens chose their experts.
+        clock: Key of `benchmarks.measure.CLOCKS`.
         rounds: How often it was timed.
         p20_ms: 20 % of the rounds were faster, in milliseconds.
         p50_ms: The median.
@@ -74,6 +75,7 @@ class Record:
     tokens: int
     dtype: str
     routing: str
+    clock: str = "wall"
     rounds: int = 0
     p20_ms: float | None = None
     p50_ms: float | None = None

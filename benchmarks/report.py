@@ -47,7 +47,10 @@ def _ours_cell(record: Record) -> str:
 
 def _speed_table(op: str, mode: str, rows: Sequence[Row]) -> Table:
     names = [provider.name for provider in BENCHMARKS[op].providers][1:]
-    table = Table(title=f"{op}, {mode}: our time / theirs (below 1: we lead), their median ms")
+    clock = rows[0].records[OURS].clock
+    table = Table(
+        title=f"{op}, {mode}: our time / theirs (below 1: we lead), their median {clock} ms"
+    )
     columns = ["shape", "T", "dtype", "ours ms \\[p20, p80]", "N", "error", "A/A", "/ best", *names]
     for column in columns:
         left = column in ("shape", "dtype", "/ best", *names)

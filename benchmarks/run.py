@@ -95,7 +95,7 @@ def run_case(benchmark: Benchmark, case: Case, budget: Budget) -> list[Record]:
         return measured + skipped
     bound[AGAIN], errors[AGAIN], first[AGAIN] = bound[OURS], errors[OURS], first[OURS]
     times = measure.interleave(bound, inputs, case, budget, first)
-    return [_timed(case, name, times, errors[name]) for name in bound] + skipped
+    return [_timed(case, name, times, errors[name], budget.clock) for name in bound] + skipped
 
 
 def _first_call(
@@ -110,13 +110,16 @@ def _first_call(
     return seconds, measure.error_of(found, wanted) if provider.checked else None
 
 
-def _timed(case: Case, name: str, times: dict[str, list[float]], error: float | None) -> Record:
+def _timed(
+    case: Case, name: str, times: dict[str, list[float]], error: float | None, clock: str
+) -> Record:
     own = [1e3 * seconds for seconds in times[name]]
     cuts = quantiles(own, n=10, method="inclusive") if len(own) > 1 else own * 9
     ratios = [ours / theirs for ours, theirs in zip(times[OURS], times[name], strict=False)]
     return _record(
         case,
         name,
+        clock=clock,
         rounds=len(own),
         p20_ms=cuts[1],
         p50_ms=median(own),
@@ -168,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--routing", type=_listed(str, ROUTINGS), metavar="NAMES", help=", ".join(ROUTINGS))
     add("--device", default="cpu", help="a torch device (default: cpu)")
     add("--threads", type=_count, help="of torch's CPU pool (default: torch's own choice)")
+    add("--clock", choices=tuple(measure.CLOCKS), default="wall", help="cpu: with --threads 1")
     add("--rounds", type=_count, help="for every provider, instead of what fits --seconds")
     add("--seconds", type=_seconds, default=Budget().seconds, help="for the rounds of one row")
     add("--json", type=Path, metavar="FILE", help="write everything to this file")
@@ -230,8 +234,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not cases:
         console.print("no row has this op, mode and shape; see --help for the names")
         return 2
+    budget = Budget(seconds=options.seconds, exact=options.rounds, clock=options.clock)
     made = stamp(options.device)
-    records = _run_all(cases, Budget(seconds=options.seconds, exact=options.rounds), console)
+    records = _run_all(cases, budget, console)
     verdicts = judge(records)
     print_report(console, records, made, verdicts)
     if options.append:
