@@ -65,6 +65,11 @@ def check_shapes(
             f"routed_mlp: selected_experts {tuple(selected_experts.shape)} must be (T, K) with "
             f"T={x.shape[0]}"
         )
+    if selected_experts.is_floating_point() or selected_experts.dtype == torch.bool:
+        raise ValueError(
+            f"routed_mlp: selected_experts is {selected_experts.dtype}; must be integers, the ids of "
+            "experts"
+        )
     if routing_weights.shape != selected_experts.shape:
         raise ValueError(
             f"routed_mlp: routing_weights {tuple(routing_weights.shape)} and selected_experts "

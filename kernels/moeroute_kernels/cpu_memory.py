@@ -42,7 +42,7 @@ def allocate(
     smallest = MAP_BYTES if idle < IDLE_FRACTION else MAP_IDLE_BYTES
     num_elements = math.prod(shape)
     num_bytes = num_elements * dtype.itemsize
-    if sys.platform != "linux" or device.type != "cpu" or num_bytes < smallest:
+    if sys.platform != "linux" or device.type != "cpu" or num_bytes < max(smallest, 1):
         return torch.empty(shape, dtype=dtype, device=device), False
     # a shared map, the default, would get no huge pages
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
