@@ -4,6 +4,7 @@ import pytest
 import torch
 from integration import tiny_models
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.activations import ACT2FN
 
 from moeroute.integration import expert_gates
@@ -77,6 +78,12 @@ def test_a_gate_that_changed_under_its_name_is_not_fused(experts):
         patch.setattr(type(experts), "_apply_gate", changed)
         assert fused_gate(experts) is None
     assert fused_gate(experts) is not None
+
+
+def test_proving_computes_real_numbers_wherever_it_is_asked(experts):
+    expert_gates._agrees.cache_clear()
+    with FakeTensorMode(), torch.device("meta"):
+        assert fused_gate(experts) is not None
 
 
 def test_a_watched_activation_runs_as_a_module(experts):

@@ -216,6 +216,6 @@ def _agrees(function: Callable[[Any, Tensor], Tensor], act: str, gate: FusedGate
             alpha=gate.alpha,
             limit=gate.limit,
         )
-    if not isinstance(expected, Tensor) or expected.shape != (width, PROBE_WIDTH):
-        return False
-    return torch.allclose(found[:, :PROBE_WIDTH], expected, rtol=1e-9, atol=1e-9)
+        if not isinstance(expected, Tensor) or expected.shape != (width, PROBE_WIDTH):
+            return False
+        return torch.allclose(found[:, :PROBE_WIDTH], expected, rtol=1e-9, atol=1e-9)
