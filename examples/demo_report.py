@@ -40,6 +40,7 @@ class Result:
 
     name: str
     adapter: str
+    learning_rate: float
     trainable_parameters: int
     target: tuple[float, float]
     prose: tuple[float, float]
@@ -78,6 +79,8 @@ class TrainerBar(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
             self.note = f"loss {float(logs['loss']):.3f}"
+            if "moe/entropy" in logs:
+                self.note += f"  routing entropy {logs['moe/entropy']:.2f}"
 
     def on_step_end(self, args, state, control, **kwargs):
         self.advance(self.note)
@@ -116,6 +119,7 @@ def results_table(arms: list[Result], target: str) -> Table:
     rows = {
         "adapter": lambda arm: arm.adapter,
         "trainable parameters": lambda arm: f"{arm.trainable_parameters:,}",
+        "learning rate": lambda arm: f"{arm.learning_rate:g}",
         f"held-out {target}, before": lambda arm: f"{arm.target[0]:.4f}",
         f"held-out {target}, after": lambda arm: f"{arm.target[1]:.4f}",
         "held-out prose, before": lambda arm: f"{arm.prose[0]:.4f}",

@@ -34,17 +34,20 @@ class Split:
     train: list[str]
     heldout: list[str]
 
-    def head(self, count: int) -> "Split":
-        """The first documents of either side."""
-        return Split(train=self.train[:count], heldout=self.heldout[:count])
 
+def standard_library_texts(every: int = 1) -> tuple[Split, Split]:
+    """Prose and code of the running Python, each split into training and held-out documents.
 
-def standard_library_texts() -> tuple[Split, Split]:
-    """Prose and code of the running Python, each split into training and held-out documents."""
+    Args:
+        every: Read one module in so many.
+
+    Returns:
+        Prose, code.
+    """
     prose = [(f"topic {name}", text.split("\n\n")) for name, text in sorted(topics.items())]
     code = []
     root = Path(sysconfig.get_path("stdlib"))
-    for path in [root / "LICENSE.txt", *sorted(root.rglob("*.py"))]:
+    for path in [root / "LICENSE.txt", *sorted(root.rglob("*.py"))[::every]]:
         name = path.relative_to(root)
         if LEFT_OUT & set(name.parts) or name.parts[0].startswith("config-") or not path.is_file():
             continue

@@ -75,16 +75,16 @@ def fine_tune(job: Job, adapter: MixLoRA | LoraConfig) -> Result:
     if isinstance(adapter, MixLoRA):
         name = "MixLoRA"
         model = moeroute.wrap_model(model, adapter, task_type="CAUSAL_LM")
-        callbacks = [TrainerBar(name), moeroute.RoutingCallback(log_every=10)]
+        callbacks = [moeroute.RoutingCallback(), TrainerBar(name)]
     else:
         name = "LoRA"
         model = get_peft_model(model, adapter)
         callbacks = [TrainerBar(name)]
     arguments = TrainingArguments(
-        output_dir=str(job.out / "trainer"),
+        output_dir=str(job.out / name.lower()),
         max_steps=job.steps,
         per_device_train_batch_size=job.batch_size,
-        learning_rate=job.learning_rate,
+        learning_rate=job.learning_rates[name],
         lr_scheduler_type="cosine",
         warmup_steps=job.steps // 10,
         logging_steps=min(10, job.steps),
@@ -108,6 +108,7 @@ def fine_tune(job: Job, adapter: MixLoRA | LoraConfig) -> Result:
     return Result(
         name=name,
         adapter=describe(adapter),
+        learning_rate=job.learning_rates[name],
         trainable_parameters=model.num_parameters(only_trainable=True),
         target=(before[0], after[0]),
         prose=(before[1], after[1]),
@@ -129,11 +130,15 @@ def read_back(job: Job) -> None:
     for way, reloaded in loaded.items():
         difference = (logits_of(reloaded, rows["target"][:4]) - trained).abs().max().item()
         console.print(f"{way}.from_pretrained({folder}): logits differ by at most {difference:g}")
-    for kind in ("target", "prose"):
+    loads = {}
+    for kind, title in {"target": job.target, "prose": "prose"}.items():
         with moeroute.track_routing(model) as stats:
             heldout_loss(model, rows[kind])
-        console.print(stats.summary())
-        stats.plot(job.out / f"routing-{kind}.png")
+        console.print(f"\nRouting of held-out {title}:", stats.summary())
+        stats.plot(job.out / f"routing-{kind}.png", title=f"MixLoRA's experts on {title}")
+        loads[kind] = torch.stack([layer.load for layer in stats.layers])  # (layers, E)
+    moved = (loads["target"] - loads["prose"]).abs().sum(dim=1) / 2
+    console.print(f"share of slots routed elsewhere on prose: {moved.mean():.0%} (mean of layers)")
     tokenizer = AutoTokenizer.from_pretrained(job.base)
     prompt = tokenizer(job.prompt, return_tensors="pt").to(model.device)
     torch.manual_seed(job.seed)

@@ -57,7 +57,7 @@ def test_links_and_commands_exist() -> None:
     text = README.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (ROOT / target).exists(), target
-    for target in set(re.findall(r"make ([a-z]+)(?=[`\s])", text)):
+    for target in set(re.findall(r"(?:`|^)make (\w+)", text, re.MULTILINE)):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
 
 

@@ -92,7 +92,8 @@ def test_a_checkpoint_is_kept_for_the_same_recipe_only(part, tmp_path: Path) -> 
 )
 def test_the_sentence_follows_the_figures(part, mixture_loss: float, said: str) -> None:
     report = part("demo_report")
-    same = {"adapter": "", "trainable_parameters": 1, "memory_before": 0, "memory_peak": 0}
+    sizes = ("trainable_parameters", "memory_before", "memory_peak", "learning_rate")
+    same = {"adapter": "", **dict.fromkeys(sizes, 1)}
     lora = report.Result("LoRA", target=(3, 2.5), prose=(1, 2), tokens_per_second=10, **same)
     mixture = report.Result(
         "MixLoRA", target=(3, mixture_loss), prose=(1, 1.5), tokens_per_second=5, **same
