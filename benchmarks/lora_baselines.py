@@ -149,17 +149,16 @@ def grouped(
     routing_weights: Tensor,
     scaling: float,
 ) -> Tensor:
-    """Rows sorted by expert, two grouped products, the slots of a token summed in order."""
+    """Rows sorted by expert, two grouped products, the deltas added where they belong."""
     experts, slots = lora_a.shape[0], selected_experts.shape[1]
     flat = selected_experts.reshape(-1)
     order = flat.argsort(stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel()))
     ends = flat.bincount(minlength=experts).cumsum(0).int()
-    rows = x.index_select(0, order // slots)
-    ranks = F.grouped_mm(rows, lora_a.transpose(1, 2), offs=ends)
+    token = order // slots
+    ranks = F.grouped_mm(x.index_select(0, token), lora_a.transpose(1, 2), offs=ends)
     gate = routing_weights.reshape(-1).index_select(0, order).unsqueeze(1) * scaling
     delta = F.grouped_mm((ranks * gate).to(ranks.dtype), lora_b.permute(1, 2, 0), offs=ends)
-    return base + delta.index_select(0, inverse).view(base.shape[0], slots, -1).sum(1)
+    return base.index_add(0, token, delta)
 
 
 def dense_stacked(

@@ -6,61 +6,32 @@ Axes: T tokens, K slots per token, E experts, R rank of one expert, I in, O out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from moeroute_kernels.lora_slots import all_filled
+
 __all__ = ["backward", "forward"]
 
 
-class _Gates(NamedTuple):
-    """Scaled weights per expert.
+def _slots(ids: Tensor, experts: int) -> tuple[Tensor, Tensor | None]:
+    """Slots as columns of the gates.
 
-    Attributes:
-        values: (T, E, 1) float32 or wider, scaling * weight, 0 where an expert is not selected.
-        slots: (T, K) int64 columns of values; E in an empty slot.
-        experts: E, or E + 1 where slots may hold E.
-        dead: (T, 1) bool, tokens of which no slot is filled, or None when there are no empty slots.
+    Returns:
+        (T, K) int64, E in an empty slot, and (T, 1) bool, the tokens without a filled slot, or None
+        when no slot is empty.
     """
-
-    values: Tensor
-    slots: Tensor
-    experts: int
-    dead: Tensor | None
-
-
-def _all_filled(ids: Tensor, experts: int) -> bool:
-    """Whether no slot is empty; on another device than a CPU nobody waits for the answer."""
-    if ids.device.type != "cpu" or ids.numel() == 0:
-        return ids.numel() == 0
-    low, high = ids.aminmax()
-    return int(low) >= 0 and int(high) < experts
+    if all_filled(ids, experts):
+        return ids.long(), None
+    filled = (ids >= 0) & (ids < experts)
+    return torch.where(filled, ids.long(), experts), ~filled.any(1, keepdim=True)
 
 
-def _gates(ids: Tensor, weights: Tensor, experts: int, scaling: float, like: torch.dtype) -> _Gates:
-    wide = torch.promote_types(torch.promote_types(weights.dtype, like), torch.float32)
-    slots, columns, dead = ids.long(), experts, None
-    if not _all_filled(ids, experts):
-        filled = (ids >= 0) & (ids < experts)
-        # One more column takes the weights of the empty slots and is dropped.
-        slots, columns = torch.where(filled, slots, experts), experts + 1
-        dead = ~filled.any(1, keepdim=True)
-    values = weights.new_zeros((ids.shape[0], columns), dtype=wide)
-    values.scatter_add_(1, slots, (weights * scaling).to(wide))
-    return _Gates(values[:, :experts].unsqueeze(2), slots, columns, dead)
-
-
-def _live(rows: Tensor, dtype: torch.dtype, gates: _Gates) -> Tensor:
+def _live(rows: Tensor, dtype: torch.dtype, dead: Tensor | None) -> Tensor:
     """Rows in the compute dtype, zero where a token has no filled slot: those may hold anything."""
     rows = rows.to(dtype)
-    return rows if gates.dead is None else rows.masked_fill(gates.dead, 0)
-
-
-def _gated(ranks: Tensor, gates: Tensor) -> Tensor:
-    """(T, E * R) times the gates (T, E, 1), in the dtype of ranks."""
-    product = ranks.unflatten(1, (gates.shape[1], -1)) * gates
-    return product.to(ranks.dtype).flatten(1)
+    return rows if dead is None else rows.masked_fill(dead, 0)
 
 
 def forward(
@@ -72,7 +43,7 @@ def forward(
     weights: Tensor,
     scaling: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Two products over all ranks.
 
     Args:
@@ -86,20 +57,31 @@ def forward(
         dtype: To compute in.
 
     Returns:
-        (T, O) in the dtype of base, and x A^T (T, E * R) in dtype, for `backward`.
+        (T, O) in the dtype of base, and for `backward` x A^T (T, E * R) in dtype and the gates
+        (T, E), scaling * weight in float32 or wider, 0 where an expert is not selected.
     """
-    gates = _gates(ids, weights, lora_a.shape[0], scaling, dtype)
-    middle = torch.mm(_live(x, dtype, gates), lora_a.flatten(0, 1).to(dtype).t())
-    gated, up = _gated(middle, gates.values), lora_b.flatten(1).to(dtype).t()
+    tokens, (experts, rank, _) = x.shape[0], lora_a.shape
+    slots, dead = _slots(ids, experts)
+    wide = torch.promote_types(torch.promote_types(weights.dtype, dtype), torch.float32)
+    # Where slots are empty, one more column takes their weights and is dropped.
+    columns = experts if dead is None else experts + 1
+    gates = weights.new_zeros((tokens, columns), dtype=wide)
+    gates.scatter_add_(1, slots, (weights * scaling).to(wide))
+    if dead is not None:
+        gates = gates[:, :experts].contiguous()
+    middle = torch.mm(_live(x, dtype, dead), lora_a.flatten(0, 1).to(dtype).t())
+    gated = middle.view(tokens, experts, rank) * gates.unsqueeze(2)
+    gated, up = gated.to(dtype).view(middle.shape), lora_b.flatten(1).to(dtype).t()
     if base.dtype == dtype:
-        return torch.addmm(base, gated, up), middle
-    return (base + torch.mm(gated, up)).to(base.dtype).contiguous(), middle
+        return torch.addmm(base, gated, up), middle, gates
+    return (base + torch.mm(gated, up)).to(base.dtype).contiguous(), middle, gates
 
 
 def backward(
     grad: Tensor,
     x: Tensor,
     middle: Tensor,
+    gates: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
     ids: Tensor,
@@ -111,42 +93,39 @@ def backward(
 
     Args:
         grad: (T, O).
-        x: (T, I).
-        middle: (T, E * R), of `forward`; its dtype is computed in.
+        x: (T, I); read for lora_a alone.
+        middle: (T, E * R), of `forward`; its dtype is computed in. Read for lora_b and weights.
+        gates: (T, E), of `forward`.
         lora_a: (E, R, I).
         lora_b: (O, E, R).
         ids: (T, K).
-        weights: (T, K).
+        weights: (T, K); not read.
         scaling: Multiplies the sum.
         needs: For x, lora_a, lora_b, weights.
 
     Returns:
         Four gradients in the compute dtype or wider, None where not needed.
     """
-    dtype = middle.dtype
     need_x, need_a, need_b, need_weights = needs
-    gates = _gates(ids, weights, lora_a.shape[0], scaling, dtype)
-    grad = _live(grad, dtype, gates)
+    dtype, (experts, rank, _) = middle.dtype, lora_a.shape
+    slots, dead = _slots(ids, experts)
+    shape = (gates.shape[0], experts, rank)
+    gates = gates.unsqueeze(2)
+    grad = _live(grad, dtype, dead)
     grad_x = grad_a = grad_b = grad_weights = None
     if need_b:
-        grad_b = torch.mm(grad.t(), _gated(middle, gates.values))
+        gated = (middle.view(shape) * gates).to(dtype)
+        grad_b = torch.mm(grad.t(), gated.view(middle.shape))
     if need_x or need_a or need_weights:
         ranks = torch.mm(grad, lora_b.flatten(1).to(dtype))
         if need_weights:
-            grad_weights = _weights_gradient(ranks, middle, gates, scaling)
-        if need_x or need_a:
-            ranks = _gated(ranks, gates.values)
+            per_expert = (ranks.to(gates.dtype) * middle).view(shape).sum(2)
+            if dead is not None:
+                per_expert = torch.nn.functional.pad(per_expert, (0, 1))
+            grad_weights = per_expert.gather(1, slots).mul_(scaling)
+        ranks.view(shape).mul_(gates)
         if need_a:
-            grad_a = torch.mm(ranks.t(), _live(x, dtype, gates))
+            grad_a = torch.mm(ranks.t(), _live(x, dtype, dead))
         if need_x:
             grad_x = torch.mm(ranks, lora_a.flatten(0, 1).to(dtype))
     return grad_x, grad_a, grad_b, grad_weights
-
-
-def _weights_gradient(ranks: Tensor, middle: Tensor, gates: _Gates, scaling: float) -> Tensor:
-    experts = gates.values.shape[1]
-    products = ranks.to(gates.values.dtype) * middle
-    per_expert = products.unflatten(1, (experts, -1)).sum(2)
-    if gates.experts > experts:
-        per_expert = torch.nn.functional.pad(per_expert, (0, 1))
-    return per_expert.gather(1, gates.slots) * scaling

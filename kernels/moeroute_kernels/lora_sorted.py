@@ -3,7 +3,8 @@
 The rows of a few experts at a time are gathered into one reused buffer, so that what the products
 read is still in the cache and nothing of (N, I) or (N, O) is ever made.
 
-Axes: T tokens, K slots per token, N = T * K rows, E experts, R rank of one expert, I in, O out.
+Axes: T tokens, K slots per token, N = T * K rows, N' of them filled, E experts, R rank of one
+expert, I in, O out.
 """
 
 from __future__ import annotations
@@ -13,14 +14,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from moeroute_kernels.lora_slots import all_filled
 
 __all__ = ["CHUNK_ROWS", "backward", "forward"]
 
 CHUNK_ROWS = 256
 """Rows gathered at a time, more only where one expert alone has more; 1 MiB at 1024 features."""
+GROUPED_MM_ROWS = 32
+"""Rows per expert up to which the loop inside torch is faster than one here: it saves some 3
+microseconds an expert, but makes a new tensor."""
+GROUPED_MM_ALIGNMENT = 16
+"""Bytes that strides and addresses must be a multiple of to be taken by the loop inside torch."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Chunk:
     """Neighbouring rows of whole experts.
 
@@ -28,19 +37,21 @@ class _Chunk:
         rows: Where they stand among the sorted rows.
         experts: The experts that have rows here.
         sizes: How many each has.
+        ends: (E,) int32 inclusive ends when the loop inside torch takes the products, or None.
     """
 
     rows: slice
-    experts: Sequence[int]
-    sizes: Sequence[int]
+    experts: list[int]
+    sizes: list[int]
+    ends: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Plan:
     """The filled slots in the order of their experts.
 
     Attributes:
-        slots: (N',) int64 flat slots, N' of the N are filled.
+        slots: (N',) int64 flat slots.
         tokens: (N',) int64 tokens.
         gates: (N', 1) float32 or wider, scaling * weight.
         chunks: What is done at a time.
@@ -50,40 +61,68 @@ class _Plan:
     slots: Tensor
     tokens: Tensor
     gates: Tensor
-    chunks: Sequence[_Chunk]
-    unused: Sequence[int]
+    chunks: list[_Chunk]
+    unused: list[int]
 
-    @property
-    def widest(self) -> int:
-        """Rows of the largest chunk."""
-        return max((chunk.rows.stop - chunk.rows.start for chunk in self.chunks), default=0)
+    def buffer(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Room for the rows of the largest chunk, as wide as like (T, I)."""
+        rows = max((chunk.rows.stop - chunk.rows.start for chunk in self.chunks), default=0)
+        return like.new_empty((rows, like.shape[1]), dtype=dtype)
 
 
-def _plan(ids: Tensor, weights: Tensor, experts: int, scaling: float, dtype: torch.dtype) -> _Plan:
+def _plan(
+    ids: Tensor,
+    weights: Tensor,
+    scaling: float,
+    order: Tensor | None,
+    lora: tuple[Tensor, Tensor],
+) -> tuple[_Plan, Tensor]:
+    """Make the plan, and the order (N,) of all slots unless it is given."""
+    experts = lora[0].shape[0]
     flat = ids.reshape(-1).long()
-    filled = (flat >= 0) & (flat < experts)
-    flat = torch.where(filled, flat, experts)
-    counts = flat.bincount(minlength=experts + 1).tolist()[:experts]
-    slots = flat.argsort(stable=True)[: sum(counts)]
-    wide = torch.promote_types(torch.promote_types(weights.dtype, dtype), torch.float32)
+    if not all_filled(ids, experts):
+        flat = torch.where((flat >= 0) & (flat < experts), flat, experts)
+    counts = flat.bincount(minlength=experts).tolist()[:experts]
+    if order is None:
+        order = flat.argsort(stable=True)
+    filled = sum(counts)
+    slots = order if filled == order.shape[0] else order[:filled]
+    wide = torch.promote_types(torch.promote_types(weights.dtype, lora[0].dtype), torch.float32)
     gates = weights.reshape(-1).index_select(0, slots).to(wide).mul_(scaling).unsqueeze(1)
+    chunks = list(_chunks(counts))
+    if len(chunks) == 1 and filled <= GROUPED_MM_ROWS * experts and _suit_grouped_mm(*lora):
+        ends = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        chunks[0].ends = ends
     unused = [expert for expert, count in enumerate(counts) if not count]
-    tokens = slots // max(ids.shape[1], 1)
-    return _Plan(slots, tokens, gates, list(_chunks(counts)), unused)
+    return _Plan(slots, slots // max(ids.shape[1], 1), gates, chunks, unused), order
 
 
 def _chunks(counts: Sequence[int]) -> Iterator[_Chunk]:
-    start, experts, sizes = 0, [], []
+    start = end = 0
+    experts: list[int] = []
     for expert, count in enumerate(counts):
         if not count:
             continue
-        if sizes and sum(sizes) + count > CHUNK_ROWS:
-            yield _Chunk(slice(start, start + sum(sizes)), experts, sizes)
-            start, experts, sizes = start + sum(sizes), [], []
+        if experts and end - start + count > CHUNK_ROWS:
+            yield _Chunk(slice(start, end), experts, [counts[own] for own in experts])
+            start, experts = end, []
         experts.append(expert)
-        sizes.append(count)
-    if sizes:
-        yield _Chunk(slice(start, start + sum(sizes)), experts, sizes)
+        end += count
+    if experts:
+        yield _Chunk(slice(start, end), experts, [counts[own] for own in experts])
+
+
+def _suit_grouped_mm(lora_a: Tensor, lora_b: Tensor) -> bool:
+    """Tell whether the loop inside torch takes products with these stacks: it is particular."""
+    if lora_a.device.type != "cpu" or lora_a.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if not lora_a.is_contiguous() or not lora_b.is_contiguous():
+        return False
+    numbers = (lora_a.shape[1], lora_a.shape[2], lora_b.shape[0])
+    bytes_ = [number * lora_a.element_size() for number in numbers]
+    return not any(
+        number % GROUPED_MM_ALIGNMENT for number in (*bytes_, lora_a.data_ptr(), lora_b.data_ptr())
+    )
 
 
 def _gather(rows: Tensor, index: Tensor, buffer: Tensor) -> Tensor:
@@ -92,6 +131,25 @@ def _gather(rows: Tensor, index: Tensor, buffer: Tensor) -> Tensor:
     if rows.dtype == head.dtype:
         return torch.index_select(rows, 0, index, out=head)
     return head.copy_(rows.index_select(0, index))
+
+
+def _times(rows: Tensor, stack: Tensor, chunk: _Chunk, out: Tensor) -> Tensor:
+    """Each expert's rows (n, A) times its matrix of stack (E, A, B): (n, B), in out or new."""
+    if chunk.ends is not None:
+        return F.grouped_mm(rows, stack, offs=chunk.ends)
+    matrices = stack.unbind(0)
+    pieces = zip(chunk.experts, rows.split(chunk.sizes), out.split(chunk.sizes), strict=True)
+    for expert, source, target in pieces:
+        torch.mm(source, matrices[expert], out=target)
+    return out
+
+
+def _outer(left: Tensor, right: Tensor, chunk: _Chunk, stack: Tensor) -> None:
+    """Put left^T right over each expert's rows (n, A) and (n, B) into stack (E, A, B)."""
+    matrices = stack.unbind(0)
+    pieces = zip(chunk.experts, left.split(chunk.sizes), right.split(chunk.sizes), strict=True)
+    for expert, first, second in pieces:
+        torch.mm(first.t(), second, out=matrices[expert])
 
 
 def _gated(ranks: Tensor, gates: Tensor) -> Tensor:
@@ -107,7 +165,7 @@ def forward(
     weights: Tensor,
     scaling: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Two products per expert, over its tokens.
 
     Args:
@@ -121,38 +179,33 @@ def forward(
         dtype: To compute in.
 
     Returns:
-        (T, O) in the dtype of base, and x A^T (N, R) of the sorted rows in dtype, for `backward`.
+        (T, O) in the dtype of base, and for `backward` x A^T (N, R) of the sorted rows in dtype and
+        the order of the slots (N,) int64, the empty ones last.
     """
-    experts, rank, width = lora_a.shape
-    plan = _plan(ids, weights, experts, scaling, dtype)
-    downs, ups = (
-        lora_a.to(dtype).transpose(1, 2).unbind(0),
-        lora_b.to(dtype).permute(1, 2, 0).unbind(0),
-    )
-    middle = x.new_empty((ids.numel(), rank), dtype=dtype)
+    lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
+    plan, order = _plan(ids, weights, scaling, None, (lora_a, lora_b))
+    downs, ups = lora_a.transpose(1, 2), lora_b.permute(1, 2, 0)
+    middle = x.new_empty((order.shape[0], lora_a.shape[1]), dtype=dtype)
     middle[plan.slots.shape[0] :].zero_()
     wide = torch.promote_types(torch.promote_types(base.dtype, dtype), torch.float32)
     total = torch.empty_like(base, dtype=wide, memory_format=torch.contiguous_format).copy_(base)
-    taken = x.new_empty((plan.widest, width), dtype=dtype)
-    made = x.new_empty((plan.widest, base.shape[1]), dtype=dtype)
+    taken, made = plan.buffer(x, dtype), plan.buffer(base, dtype)
     for chunk in plan.chunks:
         tokens, own = plan.tokens[chunk.rows], middle[chunk.rows]
-        rows = _gather(x, tokens, taken).split(chunk.sizes)
-        for expert, source, target in zip(chunk.experts, rows, own.split(chunk.sizes), strict=True):
-            torch.mm(source, downs[expert], out=target)
-        gated, deltas = _gated(own, plan.gates[chunk.rows]), made[: own.shape[0]]
-        for expert, source, target in zip(
-            chunk.experts, gated.split(chunk.sizes), deltas.split(chunk.sizes), strict=True
-        ):
-            torch.mm(source, ups[expert], out=target)
+        ranks = _times(_gather(x, tokens, taken), downs, chunk, own)
+        if ranks is not own:
+            own.copy_(ranks)
+        gated = _gated(ranks, plan.gates[chunk.rows])
+        deltas = _times(gated, ups, chunk, made[: own.shape[0]])
         total.index_add_(0, tokens, deltas.to(wide))
-    return total.to(base.dtype), middle
+    return total.to(base.dtype), middle, order
 
 
 def backward(
     grad: Tensor,
     x: Tensor,
     middle: Tensor,
+    order: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
     ids: Tensor,
@@ -164,8 +217,9 @@ def backward(
 
     Args:
         grad: (T, O).
-        x: (T, I).
-        middle: (N, R), of `forward`; its dtype is computed in.
+        x: (T, I); read for lora_a alone.
+        middle: (N, R), of `forward`; its dtype is computed in. Read for lora_b and weights.
+        order: (N,), of `forward`.
         lora_a: (E, R, I).
         lora_b: (O, E, R).
         ids: (T, K).
@@ -177,70 +231,71 @@ def backward(
         Four gradients in the compute dtype or wider, None where not needed.
     """
     need_x, need_a, need_b, need_weights = needs
-    plan = _plan(ids, weights, lora_a.shape[0], scaling, middle.dtype)
-    middle = middle[: plan.slots.shape[0]]
-    ranks = torch.empty_like(middle) if need_x or need_a or need_weights else None
-    grad_b = _through_up(grad, middle, lora_b, plan, ranks, need_b=need_b)
-    grad_x = grad_a = grad_weights = None
+    dtype = middle.dtype
+    lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
+    plan, _ = _plan(ids, weights, scaling, order, (lora_a, lora_b))
+    filled = plan.slots.shape[0]
+    ranks = grad_b = gated = None
+    if need_x or need_a or need_weights:
+        ranks = grad.new_empty((filled, lora_a.shape[1]), dtype=dtype)
+    if need_b:
+        gated = _gated(middle[:filled], plan.gates)
+        grad_b = lora_b.new_empty(lora_b.shape)
+        grad_b[:, plan.unused] = 0
+    _through_up(grad, lora_b, plan, ranks, gated, grad_b)
     if ranks is None:
         return None, None, grad_b, None
+    grad_weights = None
     if need_weights:
-        products = (ranks.to(plan.gates.dtype) * middle).sum(1) * scaling
-        grad_weights = products.new_zeros(ids.numel()).index_copy_(0, plan.slots, products)
+        products = (ranks.to(plan.gates.dtype) * middle[:filled]).sum(1).mul_(scaling)
+        grad_weights = products.new_zeros(order.shape[0]).index_copy_(0, plan.slots, products)
+    grad_a = torch.empty_like(lora_a, memory_format=torch.contiguous_format) if need_a else None
+    wide = torch.promote_types(dtype, torch.float32)
+    shape = (ids.shape[0], lora_a.shape[2])
+    grad_x = x.new_zeros(shape, dtype=wide) if need_x else None
     if need_x or need_a:
-        ranks = _gated(ranks, plan.gates)
-        grad_x, grad_a = _through_down(x, ranks, lora_a, plan, need_x=need_x, need_a=need_a)
+        _through_down(x, _gated(ranks, plan.gates), lora_a, plan, grad_x, grad_a)
     return grad_x, grad_a, grad_b, grad_weights
 
 
 def _through_up(
-    grad: Tensor, middle: Tensor, lora_b: Tensor, plan: _Plan, ranks: Tensor | None, *, need_b: bool
-) -> Tensor | None:
-    """The gradient of lora_b, and into ranks (N', R) that of the gated middle."""
-    dtype = middle.dtype
-    ups, gated = lora_b.to(dtype).unbind(1), _gated(middle, plan.gates)
-    grad_b = lora_b.new_empty(lora_b.shape, dtype=dtype) if need_b else None
-    if grad_b is not None:
-        grad_b[:, plan.unused] = 0
-    taken = grad.new_empty((plan.widest, grad.shape[1]), dtype=dtype)
+    grad: Tensor,
+    lora_b: Tensor,
+    plan: _Plan,
+    ranks: Tensor | None,
+    gated: Tensor | None,
+    grad_b: Tensor | None,
+) -> None:
+    """Fill ranks (N', R), the gradient of the gated middle, and grad_b (O, E, R)."""
+    ups, taken = lora_b.permute(1, 0, 2), plan.buffer(grad, lora_b.dtype)
     for chunk in plan.chunks:
-        rows = _gather(grad, plan.tokens[chunk.rows], taken).split(chunk.sizes)
+        rows = _gather(grad, plan.tokens[chunk.rows], taken)
         if ranks is not None:
-            for expert, source, target in zip(
-                chunk.experts, rows, ranks[chunk.rows].split(chunk.sizes), strict=True
-            ):
-                torch.mm(source, ups[expert], out=target)
-        if grad_b is not None:
-            for expert, source, factor in zip(
-                chunk.experts, rows, gated[chunk.rows].split(chunk.sizes), strict=True
-            ):
-                torch.mm(source.t(), factor, out=grad_b[:, expert])
-    return grad_b
+            own = ranks[chunk.rows]
+            found = _times(rows, ups, chunk, own)
+            if found is not own:
+                own.copy_(found)
+        if grad_b is not None and gated is not None:
+            _outer(rows, gated[chunk.rows], chunk, grad_b.permute(1, 0, 2))
 
 
 def _through_down(
-    x: Tensor, ranks: Tensor, lora_a: Tensor, plan: _Plan, *, need_x: bool, need_a: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x and lora_a from that of the middle, ranks (N', R)."""
-    dtype = ranks.dtype
-    downs, wide = lora_a.to(dtype).unbind(0), torch.promote_types(dtype, torch.float32)
-    grad_x = x.new_zeros(x.shape, dtype=wide) if need_x else None
-    grad_a = lora_a.new_empty(lora_a.shape, dtype=dtype) if need_a else None
+    x: Tensor,
+    ranks: Tensor,
+    lora_a: Tensor,
+    plan: _Plan,
+    grad_x: Tensor | None,
+    grad_a: Tensor | None,
+) -> None:
+    """Fill grad_x (T, I), zero before, and grad_a (E, R, I) from ranks (N', R)."""
     if grad_a is not None:
         grad_a[plan.unused] = 0
-    taken = x.new_empty((plan.widest, x.shape[1]), dtype=dtype)
+    taken = plan.buffer(x if grad_x is None else grad_x, lora_a.dtype)
     for chunk in plan.chunks:
         tokens, own = plan.tokens[chunk.rows], ranks[chunk.rows]
-        factors = own.split(chunk.sizes)
         if grad_a is not None:
-            rows = _gather(x, tokens, taken).split(chunk.sizes)
-            for expert, factor, source in zip(chunk.experts, factors, rows, strict=True):
-                torch.mm(factor.t(), source, out=grad_a[expert])
+            rows = _gather(x, tokens, taken)
+            _outer(own, rows, chunk, grad_a)
         if grad_x is not None:
-            made = taken[: own.shape[0]]
-            for expert, factor, target in zip(
-                chunk.experts, factors, made.split(chunk.sizes), strict=True
-            ):
-                torch.mm(factor, downs[expert], out=target)
-            grad_x.index_add_(0, tokens, made.to(grad_x.dtype))
-    return grad_x, grad_a
+            rows = _times(own, lora_a, chunk, taken[: own.shape[0]])
+            grad_x.index_add_(0, tokens, rows.to(grad_x.dtype))

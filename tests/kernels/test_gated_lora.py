@@ -269,8 +269,8 @@ def test_opcheck(form, dtype):
 
 def test_opcheck_backward(form):
     base, x, lora_a, lora_b, ids, weights = make((6, 5, 4, 3, 2, 2))
-    _, middle = torch.ops.moeroute.gated_lora(base, x, lora_a, lora_b, ids, weights, 0.5)
-    arguments = (base, x, middle, lora_a, lora_b, ids, weights, 0.5, [True, False, True, True])
+    saved = torch.ops.moeroute.gated_lora(base, x, lora_a, lora_b, ids, weights, 0.5)[1:]
+    arguments = (base, x, *saved, lora_a, lora_b, ids, weights, 0.5, [True, False, True, True])
     torch.library.opcheck(torch.ops.moeroute.gated_lora_backward.default, arguments)
 
 
