@@ -1,126 +1,158 @@
-"""The command line: methods, doctor, inspect, bench."""
+"""The command line: `moeroute methods | doctor | inspect | bench`.
+
+What needs transformers, PEFT or matplotlib is imported inside the commands, so that help is quick.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+from moeroute.methods.registry import get_method, list_methods, method_fields
+from moeroute.version import __version__
 
 app = typer.Typer(
-    help="Mixtures of experts and of LoRA: look at checkpoints, list methods, run benchmarks.",
+    help="Mixture-of-experts and mixture-of-LoRA layers: methods, checks and routing statistics.",
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
 )
 
+STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+CLONE = (
+    "the benchmarks are in the source repository, not in the installed package: clone it and run "
+    "`make bench` there"
+)
 
-def _fail(message: str) -> NoReturn:
-    Console(stderr=True).print(f"[red]error:[/red] {message}", highlight=False)
-    raise typer.Exit(code=1)
+Checkpoint = Annotated[
+    str, typer.Argument(metavar="CKPT", help="Folder or hub id of a model or an adapter.")
+]
+Adapter = Annotated[
+    str | None, typer.Option("--adapter", help="Folder or hub id of an adapter to put on CKPT.")
+]
 
 
-def _version(*, wanted: bool) -> None:
+def _show_version(*, wanted: bool) -> None:
     if wanted:
-        from moeroute.version import __version__
-
-        Console().print(__version__, highlight=False)
+        typer.echo(f"moeroute {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def main(
+    *,
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)
-    ] = False,  # noqa: FBT002
+        bool,
+        typer.Option(
+            "--version",
+            help="Show the version and exit.",
+            is_eager=True,
+            callback=lambda value: _show_version(wanted=bool(value)),
+        ),
+    ] = False,
 ) -> None:
-    """Mixtures of experts and of LoRA: look at checkpoints, list methods, run benchmarks."""
-    _version(wanted=version)
+    """Mixture-of-experts and mixture-of-LoRA layers: methods, checks and routing statistics."""
 
 
 @app.command()
 def methods() -> None:
-    """List the methods that `moeroute.wrap_model` knows, with their defaults."""
-    from moeroute.methods import get_method, list_methods
-
-    table = Table("name", "method", "goes onto", "paper", "defaults")
+    """List the methods that moeroute.wrap_model knows."""
+    table = Table(title="Methods", title_justify="left")
+    for heading in ("name", "paper", "stands at", "fields and defaults"):
+        table.add_column(heading, no_wrap=heading == "name")
     for name in list_methods():
-        cls = get_method(name)
-        defaults = ", ".join(f"{f.name}={f.default}" for f in fields(cls))  # type: ignore[arg-type]
-        paper = f"{cls.paper.title} ({cls.paper.year}), arXiv {cls.paper.arxiv}"
-        table.add_row(name, cls.__name__, cls.site_kind, paper, defaults)
+        method = get_method(name)
+        paper = method.paper
+        table.add_row(
+            name,
+            f"{paper.title} ({paper.year}), arXiv {paper.arxiv}",
+            method.site_kind,
+            ", ".join(f"{name}={value!r}" for name, value in method_fields(method()).items()),
+        )
     Console().print(table)
 
 
 @app.command()
-def doctor(
-    checkpoint: Annotated[str, typer.Argument(help="A hub id, or a model or adapter folder.")],
-    experts_implementation: Annotated[
-        str | None, typer.Option(help="Load with this, such as moeroute.")
-    ] = None,
-) -> None:
-    """Say what will silently not work with a checkpoint. Exits with 1 if anything is wrong."""
-    import moeroute
-    from moeroute.integration.loading import load_model
+def doctor(checkpoint: Checkpoint, adapter: Adapter = None) -> None:
+    """Say what will silently not work with a checkpoint; exit code 1 if something is an error."""
+    with _user_errors():
+        from moeroute.integration.checkpoint import load_model
+        from moeroute.integration.doctor import doctor as find
 
-    try:
-        model = load_model(checkpoint, experts_implementation=experts_implementation)
-    except ValueError as error:
-        _fail(str(error))
-    findings = moeroute.doctor(model)
+        model = load_model(checkpoint, adapter)
+        if adapter is None and not _has_adapter(checkpoint):
+            model.train()
+        findings = find(model)
     console = Console()
+    for found in findings:
+        console.print(f"[{STYLES[found.severity]}]{found.severity}[/] {found.module or 'model'}")
+        console.print(f"  {found.problem}", highlight=False, markup=False)
+        console.print(f"  -> {found.mend}", highlight=False, markup=False)
     if not findings:
         console.print(f"{type(model).__name__}: nothing found")
-        return
-    table = Table("severity", "module", "problem", "mend")
-    for finding in findings:
-        table.add_row(finding.severity, finding.module, finding.problem, finding.mend)
-    console.print(table)
-    if any(finding.severity != "info" for finding in findings):
-        raise typer.Exit(code=1)
+    if any(found.severity == "error" for found in findings):
+        raise typer.Exit(1)
 
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[str, typer.Argument(help="A hub id, or a model or adapter folder.")],
-    text: Annotated[Path, typer.Option(help="A text file to route.")],
-    plot: Annotated[Path | None, typer.Option(help="Write the load heat map here.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="An adapter folder for the model.")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write all numbers here.")
+    checkpoint: Checkpoint,
+    *,
+    text: Annotated[
+        Path,
+        typer.Option(exists=True, dir_okay=False, readable=True, help="UTF-8 text to route."),
+    ],
+    plot: Annotated[
+        Path | None, typer.Option(help="Heat map to write: .png, .svg or .pdf.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to read at most.", min=1)] = 8192,
-    length: Annotated[int, typer.Option(help="Tokens a sequence.", min=1)] = 256,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Statistics to write, as JSON.")
+    ] = None,
+    adapter: Adapter = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of the text to route, at most.")
+    ] = 16384,
 ) -> None:
-    """Route a text through a checkpoint and show how its experts are used."""
-    import torch
+    """Run a text through a checkpoint and show which experts its tokens go to."""
+    with _user_errors():
+        if plot is not None:
+            from moeroute.integration.plot import check_plot
 
-    import moeroute
-    from moeroute.integration.loading import load_model, token_batches
+            check_plot(plot)
+        from moeroute.integration.checkpoint import load_model, load_tokenizer, token_batches
+        from moeroute.integration.track import track_routing
 
-    try:
-        model = load_model(checkpoint, adapter=adapter)
-        batches = token_batches(checkpoint, text, max_tokens=max_tokens, length=length)
-        with moeroute.track_routing(model) as stats, torch.inference_mode():
+        model = load_model(checkpoint, adapter)
+        tokenizer = load_tokenizer(checkpoint)
+        batches = token_batches(model, tokenizer, text, max_tokens=max_tokens)
+        with track_routing(model) as stats:
             _run(model, batches)
-    except ValueError as error:
-        _fail(str(error))
-    Console().print(stats.summary())
-    if plot is not None:
-        stats.plot(plot)
-        Console().print(f"wrote {plot}", highlight=False)
-    if json_file is not None:
-        json_file.write_text(json.dumps(stats.to_dict(), indent=1))
-        Console().print(f"wrote {json_file}", highlight=False)
+        Console().print(stats.summary())
+        if plot is not None:
+            stats.plot(plot, title=f"Expert load of {Path(checkpoint).name} on {text.name}")
+            typer.echo(f"wrote {plot}")
+        if json_file is not None:
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            origin = {"checkpoint": checkpoint, "adapter": adapter, "text": str(text)}
+            json_file.write_text(json.dumps({**origin, **stats.to_dict()}, indent=1) + "\n")
+            typer.echo(f"wrote {json_file}")
 
 
 @app.command(
@@ -131,21 +163,57 @@ def inspect(
     }
 )
 def bench(context: typer.Context) -> None:
-    """Run the benchmarks of a clone; options are those of `python -m benchmarks.run`."""
-    import moeroute
-
-    root = Path(moeroute.__file__).resolve().parents[2]
-    if not (root / "benchmarks" / "run.py").is_file():
-        _fail(
-            "the benchmarks lie in the repository, not in the installed package; clone it, install "
-            "it with `pip install -e .`, and run `moeroute bench` again"
-        )
-    done = subprocess.run([sys.executable, "-m", "benchmarks.run", *context.args], cwd=root)
-    raise typer.Exit(code=done.returncode)
+    """Run the repository's benchmarks; every argument is passed on to `benchmarks.run`."""
+    root = next((folder for folder in _repositories() if _has_benchmarks(folder)), None)
+    if root is None:
+        _fail(CLONE)
+    command = [sys.executable, "-m", "benchmarks.run", *context.args]
+    raise typer.Exit(subprocess.run(command, cwd=root, check=False).returncode)
 
 
-def _run(model: nn.Module, batches: list[torch.Tensor]) -> None:
-    from rich.progress import track
+def _run(model: Any, batches: list[Any]) -> None:
+    """Forward every batch without a gradient, with a bar that counts tokens."""
+    import torch
 
-    for batch in track(batches, description="routing", console=Console(stderr=True)):
-        model(input_ids=batch)
+    columns = (
+        TextColumn("routing"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn("tokens"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    total = sum(batch.numel() for batch in batches)
+    with Progress(*columns, console=Console(stderr=True)) as progress, torch.no_grad():
+        task = progress.add_task("routing", total=total)
+        for batch in batches:
+            model(input_ids=batch.to(model.device), use_cache=False)
+            progress.advance(task, batch.numel())
+
+
+def _has_adapter(checkpoint: str) -> bool:
+    return (Path(checkpoint) / "adapter_config.json").is_file()
+
+
+def _repositories() -> list[Path]:
+    """Where a clone may be: around this file, or around the working directory."""
+    return [Path(__file__).resolve().parents[2], Path.cwd(), *Path.cwd().parents]
+
+
+def _has_benchmarks(folder: Path) -> bool:
+    return (folder / "benchmarks" / "run.py").is_file() and (folder / "src" / "moeroute").is_dir()
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Turn what a user can mend into one line and exit code 1."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True).print("[bold red]error:[/]", end=" ")
+    Console(stderr=True, soft_wrap=True).print(message, highlight=False, markup=False)
+    raise typer.Exit(1)

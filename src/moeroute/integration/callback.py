@@ -1,67 +1,108 @@
-"""Routing in the logs of `transformers.Trainer`."""
+"""`RoutingCallback`: the routing of a model in the logs of transformers' Trainer."""
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import distributed
 from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
 
+from moeroute.integration.doctor import has_aux_losses, reentrant_modules
+from moeroute.integration.statistics import means
 from moeroute.integration.track import track_routing
-from moeroute.layers.routed import routed_layers, routing_passes
+from moeroute.layers.routed import routing_passes
 from moeroute.losses.total import total_loss
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from moeroute.integration.statistics import LayerStats, RoutingStats
+    from moeroute.integration.statistics import RoutingStats
 
 
 class RoutingCallback(TrainerCallback):
-    """Logs how experts are used while training, and refuses settings that would drop a loss.
+    """Adds the routing of the steps since the last log to Trainer's logs, as `moe/...` values.
 
-    At every log of the training loss it adds, over the steps since the last one:
-    `moe/entropy`, `moe/cv`, `moe/max_violation` (means over layers), `moe/dead_experts` (sum), and
-    each auxiliary loss of the last forward as `moe/NAME`. Numbers are fetched from the device at
-    these logs only. They land in `trainer.state.log_history` and in the logs that later callbacks
-    see; to have them in a reporter too, put this callback before it:
-    `trainer.callback_handler.callbacks.insert(0, RoutingCallback())`.
+    The values are `moe/entropy` and `moe/cv` (means over layers), `moe/max_violation` (the worst
+    layer), `moe/dead_experts` (their sum) and `moe/loss/NAME`, each auxiliary loss unweighted (the
+    mean over the steps). They reach the console, `state.log_history` and every reporter. Between
+    logs everything stays on the device. Evaluation is left out. In distributed training the counts
+    of all processes are summed; the losses are those of the process that logs.
 
     Args:
-        log_every: Steps between two lookups of the routing; 0 looks at every log.
-        plot: Writes a heat map of the load since the last log here at each of them; a relative path
-            lies in the output directory. None writes none.
+        log_every: Steps between logs of the routing, at the least: the values go into the next log
+            that Trainer writes. 1 puts them into every log.
+        plot: A folder for heat maps, relative to the Trainer's output_dir; one is drawn at every
+            log, `routing-STEP.png`. True stands for "routing"; None draws none.
 
     Raises:
-        ValueError: When training begins: label smoothing, or reentrant checkpointing, on a model
-            with auxiliary losses; or a model that routes nothing.
+        ValueError: log_every is below 1; or when training begins: auxiliary losses would be dropped
+            (label smoothing) or lose their gradient (reentrant checkpointing), or nothing is
+            routed in the model.
+
+    Example:
+        >>> Trainer(model, arguments, callbacks=[moeroute.RoutingCallback(log_every=50)], ...)
     """
 
-    def __init__(self, *, log_every: int = 0, plot: str | Path | None = None) -> None:
+    def __init__(self, log_every: int = 1, plot: str | Path | bool | None = None) -> None:  # noqa: FBT001
+        if log_every < 1:
+            raise ValueError(f"log_every={log_every}; give a number of steps, at least 1")
         self.log_every = log_every
-        self.plot = plot
-        self._stack = ExitStack()
+        self.plot = Path("routing") if plot is True else Path(plot) if plot else None
+        self._open = ExitStack()
         self._stats: RoutingStats | None = None
-        self._last = 0
+        self._losses: dict[str, Tensor] = {}
+        self._loss_steps = 0
+        self._last_step = 0
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Step in front of the reporters, so that they see the values."""
+        _move_to_front(self)
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the settings and begin to watch."""
-        if model is None:
-            raise ValueError("RoutingCallback was given no model; use it with transformers.Trainer")
-        _check_arguments(args, model)
-        self._stack.close()
-        self._stats = self._stack.enter_context(track_routing(model))
-        self._last = state.global_step
+        """Check what would silently go wrong, and begin to watch.
+
+        Raises:
+            ValueError: Auxiliary losses would be dropped or lose their gradient, or the model
+                routes nothing.
+        """
+        model: nn.Module = kwargs["model"]
+        _check_losses_arrive(model, args)
+        _move_to_front(self)
+        self._open.close()
+        self._stats = self._open.enter_context(track_routing(model, coactivation=False))
+        self._passes = routing_passes(model)
+        self._losses, self._loss_steps, self._last_step = {}, 0, state.global_step
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count again: evaluation, which runs between steps, is left out."""
+        if self._stats is not None:
+            self._stats.paused = False
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the losses of an accumulation step."""
+        self._keep_losses()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the losses of a step, and pause."""
+        self._keep_losses()
+        if self._stats is not None:
+            self._stats.paused = True
 
     def on_log(
         self,
@@ -69,67 +110,82 @@ class RoutingCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
-        model: nn.Module | None = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> None:
-        """Add the routing to a log of the training loss."""
-        if self._stats is None or logs is None or "loss" not in logs:
+        """Add the values to a training log, if enough steps have passed."""
+        waited = state.global_step - self._last_step
+        if logs is None or "loss" not in logs or self._stats is None or waited < self.log_every:
             return
-        if state.global_step - self._last < self.log_every:
-            return
-        layers = self._stats.layers
-        if not layers:
-            return
-        values = _summary(layers) | (_losses(model) if model is not None else {})
+        self._last_step = state.global_step
+        values = self._read(self._stats)
         logs.update(values)
         if state.log_history:
             state.log_history[-1].update(values)
-        if self.plot is not None and state.is_world_process_zero:
-            path = Path(args.output_dir or ".") / self.plot
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._stats.plot(path)
+        if self.plot is not None and state.is_world_process_zero and self._stats.tallies:
+            path = Path(args.output_dir or ".") / self.plot / f"routing-{state.global_step}.png"
+            self._stats.plot(path, title=f"Expert load up to step {state.global_step}")
         self._stats.reset()
-        self._last = state.global_step
+        self._losses, self._loss_steps = {}, 0
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop watching."""
-        self._stack.close()
+        """Take the hooks off the model."""
+        self._open.close()
         self._stats = None
 
+    def _keep_losses(self) -> None:
+        # not `read`: that would say that somebody trains on them
+        records = [record for kept in self._passes for record in kept.records.values()]
+        with torch.no_grad():
+            parts = total_loss(records).parts
+        for name, value in parts.items():
+            self._losses[name] = self._losses.get(name, 0.0) + value.detach()
+        self._loss_steps += bool(parts)
 
-def _check_arguments(args: TrainingArguments, model: nn.Module) -> None:
-    charged = [name for name, layer in routed_layers(model) if layer.losses]
-    if not charged:
+    def _read(self, stats: RoutingStats) -> dict[str, float]:
+        """The only place that waits for the device."""
+        for tally in stats.tallies.values():
+            for tensor in tally.sums():
+                _sum_over_processes(tensor)
+        values = {f"moe/{name}": value for name, value in means(stats.layers).items()}
+        for name, value in self._losses.items():
+            values[f"moe/loss/{name}"] = value.item() / self._loss_steps
+        return values
+
+
+def _check_losses_arrive(model: nn.Module, args: TrainingArguments) -> None:
+    if not has_aux_losses(model):
         return
     if args.label_smoothing_factor > 0:
         raise ValueError(
             f"label_smoothing_factor={args.label_smoothing_factor} makes Trainer compute the loss "
-            f"from the logits and drop the auxiliary losses of {len(charged)} layers (first: "
-            f"{charged[0]}); set it to 0, or the losses' weights to 0"
+            "from the logits, which drops the model's auxiliary losses. Set it to 0, or set the "
+            "weights of the auxiliary losses to 0 (router_aux_loss_coef)"
         )
-    settings = args.gradient_checkpointing_kwargs or {}
-    reentrant = isinstance(settings, dict) and settings.get("use_reentrant")
-    if args.gradient_checkpointing and reentrant:
+    reentrant = reentrant_modules(model)
+    if reentrant:
         raise ValueError(
-            "gradient_checkpointing_kwargs={'use_reentrant': True} takes the gradient of the "
-            f"auxiliary losses of {len(charged)} layers; set use_reentrant to False"
+            f"reentrant activation checkpointing (first at {reentrant[0]}) takes the gradient of "
+            "the auxiliary losses away. Use "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}'
         )
 
 
-def _summary(layers: list[LayerStats]) -> dict[str, float]:
-    count = len(layers)
-    return {
-        "moe/entropy": sum(layer.entropy for layer in layers) / count,
-        "moe/cv": sum(layer.cv for layer in layers) / count,
-        "moe/max_violation": sum(layer.max_violation for layer in layers) / count,
-        "moe/dead_experts": float(sum(len(layer.dead_experts) for layer in layers)),
-    }
+def _sum_over_processes(tensor: Tensor) -> None:
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(tensor)
 
 
-@torch.no_grad()
-def _losses(model: nn.Module) -> dict[str, float]:
-    """The auxiliary losses of the last forward; looking at them is not using them."""
-    records = [record for found in routing_passes(model) for record in found.records.values()]
-    return {f"moe/{name}": float(value) for name, value in total_loss(records).parts.items()}
+def _move_to_front(callback: TrainerCallback) -> None:
+    """Put a callback first in the list that is being gone through now.
+
+    Trainer places the callbacks of its user behind the reporters (TensorBoard and the like), which
+    would report a log before the values are in it, and gives a callback no way to ask for another
+    place. The handler that is calling is one frame up.
+    """
+    frame = sys._getframe(1).f_back
+    handler = frame.f_locals.get("self") if frame is not None else None
+    if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+        handler.callbacks.remove(callback)
+        handler.callbacks.insert(0, callback)

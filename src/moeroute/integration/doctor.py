@@ -1,210 +1,216 @@
-"""What will silently not work, said out loud."""
+"""`doctor`: what will silently not work with a model, said out loud."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftType
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from moeroute.integration.adapters.site_host import SiteHost
-from moeroute.integration.experts_report import asks_for_moeroute, experts_report
+from moeroute.integration.doctor_adapters import check_adapters
+from moeroute.integration.experts_report import experts_report
+from moeroute.integration.finding import Finding, several
+from moeroute.integration.lazy_registration import IMPLEMENTATION
+from moeroute.integration.routing_sources import find_sources
 from moeroute.layers.routed import routed_layers
 
-Severity = Literal["error", "warning", "info"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+HALF = (torch.float16, torch.bfloat16)
+SELECTION_BIASES = ("e_score_correction_bias", "expert_bias", "selection_bias")
+ROUTER_NAMES = ("gate", "router")
+ROUTER_DEPTH = 3  # how far below the router its parameters may lie
 STACK_NDIM = 3
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """One thing that does not do what its owner believes.
-
-    Attributes:
-        module: Full module name, "" for the model itself.
-        problem: What is wrong.
-        mend: What to do about it.
-        severity: "error" will raise, "warning" is silently wrong, "info" is worth knowing.
-    """
-
-    module: str
-    problem: str
-    mend: str
-    severity: Severity
-
-    def __str__(self) -> str:
-        """One line."""
-        return f"{self.severity}: {self.module or '(model)'}: {self.problem}. {self.mend}"
-
-
 def doctor(model: nn.Module) -> list[Finding]:
-    """Examine a model for what is ignored, dropped or untrained without a word.
+    """List what is silently ineffective or wrong about a model as it stands.
 
-    Nothing is changed and nothing is run.
+    Looks at modules, parameters and configs only; runs nothing and changes nothing. Checks that
+    speak of training look at a model in training mode.
 
     Args:
-        model: Any model: a checkpoint, a wrapped model, or one made of moeroute layers.
+        model: A transformers model, wrapped or not, or any model with moeroute's layers.
 
     Returns:
-        The findings, errors first; empty if nothing was found.
+        The findings, errors first; empty for a healthy model.
+
+    Example:
+        >>> for finding in moeroute.doctor(model):
+        ...     print(finding)
     """
     findings = [finding for check in CHECKS for finding in check(model)]
-    order: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
-    return sorted(findings, key=lambda finding: order[finding.severity])
+    order = ("error", "warning", "info")
+    return sorted(findings, key=lambda finding: order.index(finding.severity))
 
 
-def _ignored_experts(model: nn.Module) -> Iterator[Finding]:
-    report = experts_report(model)
-    if not any(asks_for_moeroute(module) for module in model.modules()):
-        return
-    for name, class_name in report.ignored:
+def has_aux_losses(model: nn.Module) -> bool:
+    """True if a training forward adds auxiliary losses to the model's loss."""
+    ours = any(layer.losses for _, layer in routed_layers(model))
+    return ours or bool(_setting(model, "output_router_logits") and _aux_coefficient(model))
+
+
+def reentrant_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that run under reentrant activation checkpointing."""
+    return [name for name, module in model.named_modules() if _is_reentrant(module)]
+
+
+def check_ignored_experts(model: nn.Module) -> Iterator[Finding]:
+    """`experts_implementation="moeroute"` on a family that computes its experts itself."""
+    ignored = experts_report(model).ignored
+    if ignored and _setting(model, "_experts_implementation") == IMPLEMENTATION:
+        classes = ", ".join(sorted({class_name for _, class_name in ignored}))
         yield Finding(
-            module=name,
-            problem=f'experts_implementation="moeroute" has no effect on {class_name}',
-            mend="This family computes its experts itself; choose another implementation or family",
-            severity="warning",
+            module=ignored[0][0],
+            problem=f'experts_implementation="{IMPLEMENTATION}" has no effect on '
+            f"{several(ignored, 'module')} ({classes}): the family computes its experts itself",
+            mend="use the model as it is, without experts_implementation; the results are the same",
         )
-    for name in report.fp8:
+
+
+def check_quantised_experts(model: nn.Module) -> Iterator[Finding]:
+    """Experts in FP8, which moeroute cannot multiply, or in full precision in a quantised model."""
+    report = experts_report(model)
+    if report.fp8 and _setting(model, "_experts_implementation") == IMPLEMENTATION:
         yield Finding(
-            module=name,
-            problem='experts_implementation="moeroute" cannot compute FP8 experts and will raise',
-            mend="Dequantise on load, or model.set_experts_implementation('grouped_mm')",
+            module=report.fp8[0],
+            problem=f"{several(report.fp8, 'stack')} of FP8 experts cannot run with "
+            f'experts_implementation="{IMPLEMENTATION}"; the first forward would raise',
+            mend="load with quantization_config=FineGrainedFP8Config(dequantize=True), or "
+            'model.set_experts_implementation("grouped_mm")',
+            severity="error",
+        )
+    stacks = [name for name in report.dispatched if _has_float_stack(model.get_submodule(name))]
+    bits = _bitsandbytes_bits(model)
+    if stacks and bits:
+        yield Finding(
+            module=stacks[0],
+            problem=f"the model was loaded in {bits} bits, but {several(stacks, 'stack')} of "
+            "experts stayed in full precision: bitsandbytes quantises linears only",
+            mend="quantise the expert parameters by name with torchao (TorchAoConfig with "
+            "FqnToConfig), or plan memory for full-precision experts",
+        )
+
+
+def check_router_precision(model: nn.Module) -> Iterator[Finding]:
+    """Selection biases in half precision; in training, trainable router weights too."""
+    biases = [
+        name
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if name.rpartition(".")[2] in SELECTION_BIASES and tensor.dtype in HALF
+    ]
+    if biases:
+        yield Finding(
+            module=biases[0].rpartition(".")[0],
+            problem=f"{several(biases, 'selection bias tensor')} in half precision: the small "
+            "differences that choose the experts are rounded away",
+            mend="keep them in float32: `module.e_score_correction_bias.data = ....float()`, or "
+            "load with from_pretrained(dtype=...) instead of casting the model",
+        )
+    weights = [
+        name
+        for name, parameter in model.named_parameters()
+        if model.training and parameter.requires_grad and parameter.dtype in HALF
+    ]
+    routers = _routers_of(weights)
+    if routers:
+        yield Finding(
+            module=routers[0],
+            problem=f"{several(routers, 'router')} would train in half precision: updates below "
+            "its resolution are lost, and near ties are decided by rounding",
+            mend="train a float32 model under autocast (TrainingArguments(bf16=True)), or freeze "
+            "the routers",
+        )
+
+
+def check_reentrant_checkpointing(model: nn.Module) -> Iterator[Finding]:
+    """Auxiliary losses that reentrant checkpointing would leave without a gradient."""
+    names = reentrant_modules(model)
+    if names and has_aux_losses(model):
+        yield Finding(
+            module=names[0],
+            problem=f"reentrant activation checkpointing on {several(names, 'module')} takes the "
+            "gradient of the auxiliary losses away: the routers would not learn from them",
+            mend='gradient_checkpointing_kwargs={"use_reentrant": False}',
             severity="error",
         )
 
 
-def _reentrant_checkpointing(model: nn.Module) -> Iterator[Finding]:
-    charged = [name for name, layer in routed_layers(model) if layer.losses]
-    if not charged:
+def check_balance_loss(model: nn.Module) -> Iterator[Finding]:
+    """A checkpoint's routers in training without the balance loss that its family has."""
+    if not model.training or has_aux_losses(model) or not _aux_coefficient(model):
         return
-    for name, module in model.named_modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if not getattr(module, "gradient_checkpointing", False):
-            continue
-        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant"):
-            yield Finding(
-                module=name,
-                problem=f"reentrant checkpointing takes the gradient of {len(charged)} layers' "
-                "auxiliary losses; training will raise",
-                mend='Pass gradient_checkpointing_kwargs={"use_reentrant": False}',
-                severity="error",
-            )
-            return
-
-
-def _missing_balance_loss(model: nn.Module) -> Iterator[Finding]:
-    config = getattr(model, "config", None)
-    coefficient = getattr(config, "router_aux_loss_coef", None)
-    if not model.training or not coefficient or getattr(config, "output_router_logits", True):
-        return
-    if any(parameter.requires_grad for parameter in model.parameters()):
+    routers = _routers_of([n for n, p in model.named_parameters() if p.requires_grad])
+    if routers and find_sources(model).readable:
         yield Finding(
-            module="",
-            problem=f"router_aux_loss_coef={coefficient} is not used: output_router_logits is off, "
-            "so the model adds no balance loss",
-            mend="Set model.config.output_router_logits = True to train with it",
+            module=routers[0],
+            problem=f"{several(routers, 'router')} would train without a balance loss: "
+            "transformers computes it only if config.output_router_logits is True",
+            mend="model.config.output_router_logits = True (weight: "
+            f"config.router_aux_loss_coef = {_aux_coefficient(model):g}), or freeze the routers",
             severity="info",
         )
 
 
-def _untrained_adapters(model: nn.Module) -> Iterator[Finding]:
-    hosts = [module for module in model.modules() if isinstance(module, SiteHost)]
-    if not hosts or not model.training:
-        return
-    parameters = [parameter for host in hosts for parameter in host.moeroute_site.parameters()]
-    if not any(parameter.requires_grad for parameter in parameters):
-        yield Finding(
-            module="",
-            problem=f"the model is in training mode but none of its {len(parameters)} adapter "
-            "tensors takes a gradient",
-            mend="Load with is_trainable=True, or activate an adapter with set_adapter(name)",
-            severity="warning",
-        )
-
-
-def _idle_targets(model: nn.Module) -> Iterator[Finding]:
-    names = [name.replace(".base_layer", "") for name, _ in model.named_modules()]
-    for adapter, config in _peft_configs(model).items():
-        targets = getattr(config, "target_modules", None)
-        if not isinstance(targets, (list, set, tuple)):
-            continue
-        for target in sorted(targets):
-            if not any(name == target or name.endswith("." + target) for name in names):
-                yield Finding(
-                    module="",
-                    problem=f"adapter {adapter!r} targets {target!r}, which no module is called",
-                    mend="Correct or remove the entry of target_modules",
-                    severity="warning",
-                )
-
-
-def _untouched_experts(model: nn.Module) -> Iterator[Finding]:
-    stacks = _expert_stacks(model)
-    for adapter, config in _peft_configs(model).items():
-        is_lora = config.peft_type == PeftType.LORA
-        if stacks and is_lora and not getattr(config, "target_parameters", None):
-            yield Finding(
-                module=stacks[0],
-                problem=f"adapter {adapter!r} leaves {len(stacks)} stacks of experts frozen: they "
-                "are 3-D parameters, which target_modules cannot match",
-                mend='Name them, as in LoraConfig(target_parameters=["mlp.experts.gate_up_proj"])',
-                severity="warning",
-            )
-
-
-def _unquantised_experts(model: nn.Module) -> Iterator[Finding]:
-    quantised = any(type(module).__name__ in QUANTISED for module in model.modules())
-    stacks = _expert_stacks(model) if quantised else []
-    if stacks:
-        yield Finding(
-            module=stacks[0],
-            problem=f"the linears are quantised but {len(stacks)} stacks of experts are not, and "
-            "hold most of the memory",
-            mend="Quantise them by parameter name (torchao's FqnToConfig), or plan for the memory",
-            severity="warning",
-        )
-
-
-def _low_precision_routers(model: nn.Module) -> Iterator[Finding]:
-    for name, layer in routed_layers(model):
-        dtypes = {parameter.dtype for parameter in layer.router.parameters()}
-        if dtypes & {torch.float16, torch.bfloat16}:
-            yield Finding(
-                module=name,
-                problem=f"the router's weights are kept in {dtypes.pop()}, too coarse for small "
-                "learning rates",
-                mend="Keep routers in float32: layer.router.float()",
-                severity="info",
-            )
-
-
-def _expert_stacks(model: nn.Module) -> list[str]:
-    return [
-        name
-        for name in experts_report(model).dispatched
-        if any(
-            parameter.ndim == STACK_NDIM and parameter.is_floating_point()
-            for parameter in model.get_submodule(name).parameters(recurse=False)
-        )
-    ]
-
-
-def _peft_configs(model: nn.Module) -> dict[str, Any]:
-    configs = getattr(model, "peft_config", None)
-    return configs if isinstance(configs, dict) else {}
-
-
-QUANTISED = frozenset({"Linear4bit", "Linear8bitLt"})
 CHECKS: tuple[Callable[[nn.Module], Iterator[Finding]], ...] = (
-    _ignored_experts,
-    _reentrant_checkpointing,
-    _missing_balance_loss,
-    _untrained_adapters,
-    _idle_targets,
-    _untouched_experts,
-    _unquantised_experts,
-    _low_precision_routers,
+    check_ignored_experts,
+    check_quantised_experts,
+    check_router_precision,
+    check_reentrant_checkpointing,
+    check_balance_loss,
+    check_adapters,
 )
+"""Every check that `doctor` makes, in order."""
+
+
+def _setting(model: nn.Module, name: str) -> Any:
+    """A field of the model's config, or of its text model's."""
+    config = getattr(model, "config", None)
+    get_text_config = getattr(config, "get_text_config", None)
+    text_config = get_text_config() if get_text_config is not None else None
+    values = (getattr(found, name, None) for found in (config, text_config))
+    return next((value for value in values if value is not None), None)
+
+
+def _aux_coefficient(model: nn.Module) -> float:
+    return float(_setting(model, "router_aux_loss_coef") or 0.0)
+
+
+def _is_reentrant(module: nn.Module) -> bool:
+    if getattr(module, "gradient_checkpointing", False) is not True:
+        return False
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    if isinstance(function, partial):
+        return function.keywords.get("use_reentrant") is not False
+    return function is checkpoint
+
+
+def _routers_of(parameter_names: list[str]) -> list[str]:
+    """The modules called gate or router that hold these parameters, each once."""
+    found: dict[str, None] = {}
+    for name in parameter_names:
+        parts = name.split(".")[:-1]
+        for depth in range(len(parts), max(len(parts) - ROUTER_DEPTH, 0), -1):
+            if parts[depth - 1] in ROUTER_NAMES:
+                found[".".join(parts[:depth])] = None
+                break
+    return list(found)
+
+
+def _has_float_stack(module: nn.Module) -> bool:
+    stacks = [p for p in module.parameters(recurse=False) if p.ndim == STACK_NDIM]
+    return any(isinstance(p, Tensor) and p.is_floating_point() for p in stacks)
+
+
+def _bitsandbytes_bits(model: nn.Module) -> int | None:
+    settings = _setting(model, "quantization_config")
+    if settings is None:
+        return None
+    fields = settings if isinstance(settings, dict) else vars(settings)
+    for bits in (4, 8):
+        if fields.get(f"load_in_{bits}bit") or fields.get(f"_load_in_{bits}bit"):
+            return bits
+    return None

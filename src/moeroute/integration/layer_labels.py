@@ -20,7 +20,7 @@ def layer_labels(names: Sequence[str]) -> tuple[str, list[str]]:
     """
     split = [name.split(".") for name in names]
     if len(set(names)) < 2:
-        return "layer", [".".join(parts[-2:]) for parts in split]
+        return "layer", [".".join(parts[-2:]) or "-" for parts in split]
     shortest = min(map(len, split))
     head = _shared(split, range(shortest))
     tail = _shared(split, range(-1, head - shortest - 1, -1))

@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg", ".pdf")
 DOTS_PER_INCH = 150
 CELL = 0.34  # inches
-WIDTHS = (6.4, 16.0)  # least and most, inches
-HEIGHTS = (2.3, 22.0)
+WIDTHS = (6.4, 13.0)  # least and most, inches
+HEIGHTS = (2.3, 15.0)
 MARGIN = (2.3, 1.55)
 LABEL_INCHES = 0.19
 WRITTEN_CELL = 0.3  # inches a cell must have for its number to be written
 BRIGHT = 0.55  # share of the colour scale from which a number is written in white
-LEAST_TOP = 2.0
+TOPS = (2.0, 5.0)  # least and most end of the colour scale
 
 
 def plot_load(layers: Sequence[LayerStats], path: str | Path, *, title: str) -> None:
     """Draw load relative to an even share: one row a layer, one column an expert.
 
-    1 is an even share; the scale ends at the largest load, at least 2. An expert that no token
-    chose bears a cross. Layers may differ in their number of experts.
+    1 is an even share; the scale ends at the largest load, at least 2 and at most 5. An expert that
+    no token chose bears a cross. Layers may differ in their number of experts.
 
     Args:
         layers: What was routed, in order from top to bottom.
@@ -44,27 +44,55 @@ def plot_load(layers: Sequence[LayerStats], path: str | Path, *, title: str) -> 
         ImportError: matplotlib is missing.
         ValueError: There are no layers, or the suffix is none of the three.
     """
+    figure_class = check_plot(path)
     target = Path(path)
-    if target.suffix.lower() not in SUFFIXES:
-        raise ValueError(
-            f"cannot write {target}: a plot's suffix is one of {', '.join(SUFFIXES)}, "
-            f"not {target.suffix!r}"
-        )
     if not layers:
         raise ValueError("there is nothing to plot: no token was routed inside the block")
-    figure_class = _import_figure()
     relative = relative_load(layers)
     width, height = _size(*relative.shape)
     figure = figure_class(figsize=(width, height), layout="constrained", dpi=DOTS_PER_INCH)
     axes = figure.add_subplot()
     image = _draw(axes, relative, layers)
     axes.set_title(title, fontsize=11, loc="left", pad=10)
-    bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.015, aspect=max(8, 6 * height))
+    bar = figure.colorbar(
+        image,
+        ax=axes,
+        fraction=0.05,
+        pad=0.015,
+        aspect=max(8, 6 * height),
+        extend="max" if relative.nan_to_num(0.0).max() > TOPS[1] else "neither",
+        extendfrac=0.02,
+    )
     bar.set_label("load / even share", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target)
+
+
+def check_plot(path: str | Path) -> Any:
+    """Make sure that a plot can be written in this format.
+
+    Returns:
+        matplotlib's Figure class.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: The suffix is none of .png, .svg and .pdf.
+    """
+    suffix = Path(path).suffix
+    if suffix.lower() not in SUFFIXES:
+        raise ValueError(
+            f"cannot write {path}: a plot's suffix is one of {', '.join(SUFFIXES)}, not {suffix!r}"
+        )
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "plotting needs matplotlib, which is not installed; install it with "
+            "`pip install 'moeroute[plot]'`"
+        ) from error
+    return Figure
 
 
 def relative_load(layers: Sequence[LayerStats]) -> Tensor:
@@ -76,20 +104,13 @@ def relative_load(layers: Sequence[LayerStats]) -> Tensor:
     return table
 
 
-def _import_figure() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "plotting needs matplotlib, which is not installed; install it with "
-            "`pip install 'moeroute[plot]'`"
-        ) from error
-    return Figure
-
-
 def _size(rows: int, columns: int) -> tuple[float, float]:
     width = min(max(MARGIN[0] + CELL * columns, WIDTHS[0]), WIDTHS[1])
     return width, min(max(MARGIN[1] + CELL * rows, HEIGHTS[0]), HEIGHTS[1])
+
+
+def _top(relative: Tensor) -> float:
+    return min(max(relative.nan_to_num(0.0).max().item(), TOPS[0]), TOPS[1])
 
 
 def _draw(axes: Axes, relative: Tensor, layers: Sequence[LayerStats]) -> Any:
@@ -97,10 +118,10 @@ def _draw(axes: Axes, relative: Tensor, layers: Sequence[LayerStats]) -> Any:
     from matplotlib.colors import TwoSlopeNorm
 
     rows, columns = relative.shape
-    top = max(relative.nan_to_num(0.0).max().item(), LEAST_TOP)
+    top = _top(relative)
     image = axes.imshow(
         relative.numpy(),
-        cmap=colormaps["RdBu_r"].with_extremes(bad="#e8e8e8"),
+        cmap=colormaps["RdBu_r"].with_extremes(bad="white"),
         norm=TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=top),
         aspect="auto",
         interpolation="nearest",
@@ -128,7 +149,8 @@ def _label(axes: Axes, layers: Sequence[LayerStats], cell: tuple[float, float]) 
     every = _step(LABEL_INCHES / cell[1])
     shown = range(0, len(labels), every)
     axes.set_yticks(list(shown), [labels[row] for row in shown])
-    axes.set_xlabel("expert", fontsize=9)
+    crossed = any(layer.dead_experts for layer in layers)
+    axes.set_xlabel("expert (×: chosen by no token)" if crossed else "expert", fontsize=9)
     axes.set_ylabel(pattern, fontsize=9)
 
 

@@ -87,8 +87,9 @@ def find_sources(model: nn.Module) -> Sources:
 
 
 def plain_name(name: str) -> str:
-    """A module's name without what PEFT put around it."""
-    name = name.removeprefix("base_model.model.").split(".moeroute_site.")[0]
+    """A module's name without what torch.compile and PEFT put around it."""
+    name = name.replace("_orig_mod.", "").removeprefix("base_model.model.")
+    name = name.split(".moeroute_site.")[0]
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LEVELS = " ▁▂▃▄▅▆▇█"
 BARS = 32
-NARROWEST = 100
+NARROWEST = 110
 DEAD_SHOWN = 3
 UNEVEN_CV = 1.0
 NOTHING = "nothing was routed inside the block: call the model before it ends"
@@ -33,7 +33,7 @@ class RoutingTable(Table):
     """A `rich` table that `print` can show as well."""
 
     def __str__(self) -> str:
-        """The table as plain text, as wide as the terminal and at least 100 columns."""
+        """The table as plain text, as wide as the terminal and at least 110 columns."""
         width = max(shutil.get_terminal_size((NARROWEST, 24)).columns, NARROWEST)
         console = Console(file=io.StringIO(), width=width, color_system=None)
         with console.capture() as captured:
@@ -58,10 +58,10 @@ def routing_table(model_name: str, layers: Sequence[LayerStats], tracked: int) -
     pattern, labels = layer_labels([layer.name for layer in layers])
     table.add_column("layer", no_wrap=True)
     for heading in ("experts", "slots", "entropy", "CV", "max viol", "dead", "busiest"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
     table.add_column("load", no_wrap=True)
     for label, layer in zip(labels, layers, strict=True):
-        table.add_row(label + (" (soft)" if layer.soft else ""), *_cells(layer))
+        table.add_row(label, *_cells(layer))
     if len(layers) > 1:
         table.add_section()
         table.add_row(*_mean_row(layers))
@@ -91,7 +91,7 @@ def _cells(layer: LayerStats) -> tuple[str | Text, ...]:
     busiest = int(layer.load.argmax())
     return (
         str(layer.num_experts),
-        f"{layer.slots_per_token:.3g}",
+        "all" if layer.soft else f"{layer.slots_per_token:.3g}",
         f"{layer.entropy:.3f}",
         Text(f"{layer.cv:.2f}", style="yellow" if layer.cv > UNEVEN_CV else ""),
         f"{layer.max_violation:.2f}",
@@ -120,19 +120,17 @@ def _mean_row(layers: Sequence[LayerStats]) -> tuple[str, ...]:
 def _dead(ids: tuple[int, ...]) -> Text:
     if not ids:
         return Text("0")
-    shown = ",".join(map(str, ids[:DEAD_SHOWN])) + (",…" if len(ids) > DEAD_SHOWN else "")
-    return Text(f"{len(ids)} ({shown})", style="red")
+    shown = f" ({','.join(map(str, ids))})" if len(ids) <= DEAD_SHOWN else ""
+    return Text(f"{len(ids)}{shown}", style="red")
 
 
 def _caption(layers: Sequence[LayerStats], tracked: int, pattern: str) -> str:
-    notes = [
-        "even load: entropy 1, CV 0, max violation 0, bars half high. slots: filled, per token",
-    ]
+    notes = ["an even load: entropy 1, CV 0, max viol 0, bars half high"]
     if len(layers) > 1:
         notes.insert(0, f"layers: {pattern}")
-        notes.append("all: mean entropy and CV, largest violation, sum of dead experts")
+        notes.append("last row: mean, mean, largest, sum")
     if any(layer.soft for layer in layers):
-        notes.append("soft: every token takes every expert, load is the share of routing weight")
+        notes.append("slots all: every token takes every expert; load is the share of weight")
     if len(layers) < tracked:
         notes.append(f"{tracked - len(layers)} more routed layers saw no token")
     return "\n".join(notes)

@@ -169,6 +169,7 @@ class RoutingStats:
         self.model_name = model_name
         self.names = tuple(names)
         self.tallies: dict[str, LayerTally] = {}
+        self.paused = False
         self._coactivation = coactivation
 
     def add(
@@ -179,7 +180,7 @@ class RoutingStats:
         weights: Tensor,
         token_mask: Tensor | None = None,
     ) -> None:
-        """Add one call of a layer, without waiting for the device.
+        """Add one call of a layer, without waiting for the device; nothing while `paused`.
 
         Args:
             name: Full module name of the layer.
@@ -188,6 +189,8 @@ class RoutingStats:
             weights: (T, K), any floating dtype.
             token_mask: (T,) bool, False marks padding; None counts every token.
         """
+        if self.paused:
+            return
         with torch.inference_mode(False), torch.no_grad():
             tally = self.tallies.get(name)
             if tally is not None and tally.counts.shape[0] != num_experts:

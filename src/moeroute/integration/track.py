@@ -1,4 +1,4 @@
-"""`track_routing`: watch the routing of any MoE checkpoint and of any model with moeroute layers."""
+"""`track_routing`: watch the routing of an MoE checkpoint or of a model with moeroute's layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moeroute.integration.routing_sources import bind_arguments, find_sources, plain_name
 from moeroute.integration.statistics import RoutingStats
-from moeroute.layers.routed import name_routed_layers, routed_layers, routing_passes
+from moeroute.layers.routed import routed_layers, routing_passes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,16 +47,16 @@ def track_routing(model: nn.Module, *, coactivation: bool = True) -> Iterator[Ro
         ...     model(input_ids=input_ids)
         >>> print(stats.summary())
     """
-    name_routed_layers(model)
     sources = find_sources(model)
-    hosts = {id(layer): plain_name(name) for name, layer in routed_layers(model)}
+    hosts = _names_by_router(model)
     if not hosts and not sources.readable:
         raise ValueError(_nothing_to_track(model, sources))
     if sources.unreadable:
         warnings.warn(_unreadable(sources), stacklevel=3)
     wanted = {*hosts.values(), *(source.name for source in sources.readable)}
-    names = [name for name in map(plain_name, _module_names(model)) if name in wanted]
-    stats = RoutingStats(_class_name(model), list(dict.fromkeys(names)), coactivation=coactivation)
+    ordered = [name for name in map(plain_name, _module_names(model)) if name in wanted]
+    names = list(dict.fromkeys([*ordered, *sorted(wanted)]))
+    stats = RoutingStats(_class_name(model), names, coactivation=coactivation)
     with ExitStack() as stack:
         masks = _Masks()
         for module in _callables_with_mask(model):
@@ -65,7 +65,7 @@ def track_routing(model: nn.Module, *, coactivation: bool = True) -> Iterator[Ro
         for source in sources.readable:
             stack.callback(_watch(source, stats, masks))
         for routing_pass in routing_passes(model):
-            stack.enter_context(routing_pass.listening(_listener(stats, masks)))
+            stack.enter_context(routing_pass.listening(_listener(stats, masks, hosts)))
         if _is_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield stats
@@ -126,7 +126,17 @@ def _watch(source: Source, stats: RoutingStats, masks: _Masks) -> Callable[[], N
     return source.module.register_forward_hook(after).remove
 
 
-def _listener(stats: RoutingStats, masks: _Masks) -> Callable[[RoutingRecord], None]:
+def _names_by_router(model: nn.Module) -> dict[int, str]:
+    """Layer names by the identity of their routers; the class stands for a layer that is root."""
+    names: dict[int, str] = {}
+    for name, layer in routed_layers(model):
+        names[id(layer.router)] = plain_name(name) or type(layer).__name__
+    return names
+
+
+def _listener(
+    stats: RoutingStats, masks: _Masks, hosts: dict[int, str]
+) -> Callable[[RoutingRecord], None]:
     def listen(record: RoutingRecord) -> None:
         if _recomputing():
             return
@@ -135,7 +145,7 @@ def _listener(stats: RoutingStats, masks: _Masks) -> Callable[[RoutingRecord], N
         if mask is None:
             mask = masks.of(routing.selected_experts.shape[0])
         stats.add(
-            plain_name(record.site),
+            hosts.get(id(record.router)) or plain_name(record.site),
             routing.num_experts,
             routing.selected_experts,
             routing.routing_weights,
@@ -171,11 +181,10 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def _class_name(model: nn.Module) -> str:
-    while isinstance(inner := getattr(model, "base_model", None), nn.Module) and inner is not model:
-        if not hasattr(model, "peft_config"):
-            break
-        model = getattr(inner, "model", inner)
-    return type(model).__name__
+    """The class of the model inside what torch.compile and PEFT put around it."""
+    model = getattr(model, "_orig_mod", model)
+    inner = getattr(model, "get_base_model", None)
+    return type(inner() if inner is not None else model).__name__
 
 
 def _nothing_to_track(model: nn.Module, sources: Sources) -> str:
@@ -193,7 +202,7 @@ def _nothing_to_track(model: nn.Module, sources: Sources) -> str:
 def _unreadable(sources: Sources) -> str:
     classes = sorted({class_name for _, class_name in sources.unreadable})
     return (
-        f"{len(sources.unreadable)} experts modules cannot be tracked ({', '.join(classes)}; first: "
-        f"{sources.unreadable[0][0]}): this family does not call its experts with ids and weights, "
-        "and its router is not known to moeroute"
+        f"{len(sources.unreadable)} experts modules cannot be tracked ({', '.join(classes)}; "
+        f"first: {sources.unreadable[0][0]}): this family does not call its experts with ids and "
+        "weights, and its router is not known to moeroute"
     )
