@@ -21,7 +21,7 @@ def op_arguments(case: Case, *, keep: bool, grad: bool = True) -> tuple[object, 
     return *tensors, case.activation, case.interleaved, 1.7, float("inf"), keep
 
 
-@pytest.mark.parametrize("case", [BASE, BASE.but(bias=True), CASES["no token"]], ids=str)
+@pytest.mark.parametrize("case", [BASE, BASE.but(bias=True), CASES["no token"]], ids=["plain", "bias", "no token"])
 def test_opcheck(case: Case):
     opcheck(routed_mlp_op, op_arguments(case, keep=True))
     opcheck(routed_mlp_op, op_arguments(case, keep=False, grad=False))
@@ -246,7 +246,7 @@ class TestRefusals:
         "gate_up .* and down .* do not fit": {"down": torch.randn(4, 24, 16)},
         "x .* does not fit": {"x": torch.randn(13, 25)},
         "selected_experts .* must be": {"selected_experts": torch.zeros(12, 2, dtype=torch.int64)},
-        "must be integers": {"selected_experts": torch.zeros(13, 2)},
+        "they must be integers": {"selected_experts": torch.zeros(13, 2)},
         "routing_weights .* differ": {"routing_weights": torch.rand(13, 3)},
         "gate_up_bias .* must be": {"gate_up_bias": torch.randn(5, 31)},
         "down_bias .* must be": {"down_bias": torch.randn(24)},
