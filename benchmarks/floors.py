@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
 
+from benchmarks.cases import AGAIN, OURS
 from benchmarks.records import Record
 from benchmarks.registry import BENCHMARKS
 from benchmarks.shapes import (
@@ -17,10 +18,8 @@ from benchmarks.shapes import (
     MEMORY_SHAPE,
 )
 
-__all__ = ["AGAIN", "OURS", "Row", "Verdict", "judge", "noise", "rows_of"]
+__all__ = ["Row", "Verdict", "judge", "noise", "rows_of"]
 
-OURS = "moeroute"
-AGAIN = "moeroute (again)"
 MAX_ERROR = {"fp32": 1e-5, "bf16": 2e-2}
 MEAN_OF_BEST = 1.00
 WORST_OF_BEST = 1.10

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from benchmarks.cases import Bound, Case, Inputs
+from benchmarks.cases import AGAIN, OURS, Bound, Case, Inputs
 
 __all__ = [
     "CLOCKS",
@@ -28,6 +28,7 @@ __all__ = [
     "step",
 ]
 
+JUDGED = (OURS, AGAIN)
 SLOW = 4.0
 """A provider this many times slower than the fastest one is no contender: it gets fewer rounds."""
 
@@ -110,24 +111,29 @@ def seconds_of(call: Callable[[], object], device: str, clock: str = "wall") -> 
     return CLOCKS[clock]() - begin
 
 
-def rounds_for(estimates: dict[str, float], budget: Budget) -> dict[str, int]:
+def rounds_for(
+    estimates: Mapping[str, float], budget: Budget, judged: Collection[str], paced: Collection[str]
+) -> dict[str, int]:
     """Give every provider its number of rounds.
 
     Args:
         estimates: Seconds of one call, by provider.
         budget: Of the row.
+        judged: Providers that are contenders however slow they are.
+        paced: Providers among which the fastest one is sought.
 
     Returns:
         Rounds by provider: the same for all contenders.
     """
     if budget.exact is not None:
         return dict.fromkeys(estimates, budget.exact)
-    fastest = min(estimates.values())
-    contenders = [value for value in estimates.values() if value <= SLOW * fastest]
-    shared = min(budget.most, max(budget.least, int(budget.seconds / sum(contenders))))
+    limit = SLOW * min(estimates[name] for name in paced)
+    contenders = {name for name, value in estimates.items() if name in judged or value <= limit}
+    total = sum(estimates[name] for name in contenders)
+    shared = min(budget.most, max(budget.least, int(budget.seconds / total)))
     return {
         name: shared
-        if value <= SLOW * fastest
+        if name in contenders
         else min(shared, max(1, int(budget.slow_seconds / value)))
         for name, value in estimates.items()
     }
@@ -139,6 +145,7 @@ def interleave(
     case: Case,
     budget: Budget,
     first: dict[str, float],
+    paced: Collection[str],
 ) -> dict[str, list[float]]:
     """Time all providers in turns: each round calls each once on the same batch, in a new order.
 
@@ -150,6 +157,7 @@ def interleave(
         case: Gives mode and device.
         budget: Of the row.
         first: Seconds of each provider's first call, which decides who is worth a second look.
+        paced: Ours and the peers, by name.
 
     Returns:
         Seconds per round, by provider; round i of one stands beside round i of another.
@@ -161,14 +169,11 @@ def interleave(
             lambda: step(providers[name], inputs, index, case.mode), case.device, budget.clock
         )
 
-    fastest = min(first.values())
-    estimates = {
-        name: timed(name, 0)
-        if first[name] <= SLOW * fastest or first[name] < budget.seconds / 10
-        else first[name]
-        for name in providers
-    }
-    rounds = rounds_for(estimates, budget)
+    # A call that took long and four times the fastest one's time is its own estimate.
+    limit = max(SLOW * min(first[name] for name in paced), budget.slow_seconds / 2)
+    warm = (name for name in providers if name in JUDGED or first[name] <= limit)
+    estimates = {**first, **{name: timed(name, 0) for name in warm}}
+    rounds = rounds_for(estimates, budget, JUDGED, paced)
     times: dict[str, list[float]] = {name: [] for name in providers}
     shuffle = random.Random(0).sample
     for turn in range(max(rounds.values())):

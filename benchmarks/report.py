@@ -9,7 +9,8 @@ from statistics import geometric_mean
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.floors import AGAIN, OURS, Row, Verdict, is_wrong, noise, rows_of
+from benchmarks.cases import AGAIN, OURS
+from benchmarks.floors import Row, Verdict, is_wrong, noise, rows_of
 from benchmarks.records import Record, Stamp
 from benchmarks.registry import BENCHMARKS
 
@@ -23,7 +24,7 @@ def _peer_cell(record: Record | None, ours: Record) -> str:
         return ""
     if record.ours_over_it is None:
         return "[dim]skipped[/]"
-    fewer = f" N={record.rounds}" if record.rounds != ours.rounds else ""
+    fewer = f" N={record.rounds}" if record.rounds < ours.rounds else ""
     flag = " [red]wrong[/]" if is_wrong(record) else ""
     return f"{record.ours_over_it:.2f} [dim]{_ms(record.p50_ms)}{fewer}[/]{flag}"
 

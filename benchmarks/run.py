@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import measure
-from benchmarks.cases import Benchmark, Bound, Case, Inputs, Provider, select_cases
-from benchmarks.floors import AGAIN, OURS, judge
+from benchmarks.cases import AGAIN, OURS, Benchmark, Bound, Case, Inputs, Provider, select_cases
+from benchmarks.floors import judge
 from benchmarks.measure import Budget
 from benchmarks.records import ROOT, Record, append_csv, stamp, write_json
 from benchmarks.registry import BENCHMARKS
@@ -94,7 +94,8 @@ def run_case(benchmark: Benchmark, case: Case, budget: Budget) -> list[Record]:
         ]
         return measured + skipped
     bound[AGAIN], errors[AGAIN], first[AGAIN] = bound[OURS], errors[OURS], first[OURS]
-    times = measure.interleave(bound, inputs, case, budget, first)
+    paced = [p.name for p in benchmark.providers if p.checked and p.name in bound]
+    times = measure.interleave(bound, inputs, case, budget, first, paced)
     return [_timed(case, name, times, errors[name], budget.clock) for name in bound] + skipped
 
 

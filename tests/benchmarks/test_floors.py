@@ -3,7 +3,8 @@
 import math
 from dataclasses import replace
 
-from benchmarks.floors import AGAIN, OURS, Verdict, judge, noise, rows_of
+from benchmarks.cases import AGAIN, OURS
+from benchmarks.floors import Verdict, judge, noise, rows_of
 from benchmarks.records import Record
 
 ROW = Record(

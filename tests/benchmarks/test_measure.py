@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.cases import Bound, Case, Inputs, Tensors, plainly
+from benchmarks.cases import AGAIN, OURS, Bound, Case, Inputs, Tensors, plainly
 from benchmarks.measure import Budget, error_of, interleave, peak_bytes, rounds_for, saved_bytes
 
 CASE = Case("routed_mlp", "fwd_bwd", "tiny", 1000, "fp32", "uniform", "cpu")
@@ -32,10 +32,28 @@ def test_missing_gradients_are_no_agreement():
 
 def test_contenders_share_their_rounds_and_slow_ones_get_fewer():
     budget = Budget(seconds=4, slow_seconds=2, least=7, most=101)
-    assert rounds_for({"a": 0.1, "b": 0.3, "slow": 1.0}, budget) == {"a": 10, "b": 10, "slow": 2}
-    assert rounds_for({"a": 1.0, "b": 1.0, "slow": 9.0}, budget) == {"a": 7, "b": 7, "slow": 1}
-    assert rounds_for({"a": 1e-5, "b": 1e-5}, budget) == {"a": 101, "b": 101}
-    assert rounds_for({"a": 1.0, "b": 9.0}, Budget(exact=3)) == {"a": 3, "b": 3}
+
+    def rounds(**seconds: float) -> dict[str, int]:
+        return rounds_for(seconds, budget, ["ours"], [name for name in seconds if name != "line"])
+
+    assert rounds(ours=0.1, b=0.3, slow=1.0) == {"ours": 10, "b": 10, "slow": 2}
+    assert rounds(ours=1.0, b=1.0, slow=9.0) == {"ours": 7, "b": 7, "slow": 1}
+    assert rounds(ours=1e-5, b=1e-5) == {"ours": 101, "b": 101}
+
+
+def test_ours_gets_its_rounds_however_slow_it_is():
+    seconds = {"ours": 5.0, "peer": 0.5, "line": 0.01}
+    rounds = rounds_for(seconds, Budget(), ["ours"], ["ours", "peer"])
+    assert rounds == {"ours": 7, "peer": 7, "line": 7}
+
+
+def test_a_line_of_orientation_sets_no_pace():
+    rounds = rounds_for({"ours": 0.2, "peer": 0.3, "line": 0.01}, Budget(), [], ["ours", "peer"])
+    assert rounds == {"ours": 7, "peer": 7, "line": 7}
+
+
+def test_rounds_can_be_asked_for():
+    assert rounds_for({"a": 1.0, "b": 9.0}, Budget(exact=3), [], ["a"]) == {"a": 3, "b": 3}
 
 
 def test_rounds_call_everyone_once_on_the_same_batch_in_changing_order():
@@ -48,14 +66,14 @@ def test_rounds_call_everyone_once_on_the_same_batch_in_changing_order():
 
         return Bound(run, lambda index: {"x": inputs.batches[index]["x"]})
 
-    names = ["a", "b", "c"]
+    names = [OURS, AGAIN, "c"]
     bound = {name: recorder(name) for name in names}
-    times = interleave(bound, inputs, CASE, Budget(exact=12), dict.fromkeys(names, 1e-3))
+    times = interleave(bound, inputs, CASE, Budget(exact=12), dict.fromkeys(names, 1e-3), names)
     assert {name: len(own) for name, own in times.items()} == dict.fromkeys(names, 12)
     rounds = [calls[i : i + 3] for i in range(3, len(calls), 3)]
     assert len(rounds) == 12
     for turn, together in enumerate(rounds):
-        assert sorted(together) == [(name, turn % 3) for name in names]
+        assert set(together) == {(name, turn % 3) for name in names}
     assert len({tuple(name for name, _ in together) for together in rounds}) > 3
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cases import Case, select_cases
-from benchmarks.floors import AGAIN
+from benchmarks.cases import AGAIN, Case, select_cases
 from benchmarks.measure import Budget
 from benchmarks.records import COLUMNS, read_csv
 from benchmarks.routed_mlp import BENCHMARK
