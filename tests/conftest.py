@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _device
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -56,6 +57,8 @@ def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @pytest.fixture(autouse=True, scope="session")
 def poison_uninitialised_memory() -> Iterator[None]:
     """Fill with NaN every floating tensor that the library allocates without a value."""
+    # `with torch.device(...)` looks the factories up once and for all; let it see torch's own.
+    _device._device_constructors()
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ALLOCATORS:
             patch.setattr(owner, name, poisoned(getattr(owner, name)))

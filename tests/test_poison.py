@@ -57,6 +57,12 @@ def test_integers_and_meta_tensors_pass():
     assert allocate_in("moeroute.ops", "torch.empty(3, device='meta')").is_meta
 
 
+def test_a_device_block_still_places_what_is_allocated_in_it():
+    with torch.device("meta"):
+        assert torch.empty(3).is_meta
+        assert allocate_in("moeroute.layers", "torch.empty(3)").is_meta
+
+
 def test_compiled_library_code_still_traces():
     module = ModuleType("moeroute.ops.sample")
     exec("import torch\ndef copy(x):\n    return torch.empty_like(x).copy_(x)", vars(module))
