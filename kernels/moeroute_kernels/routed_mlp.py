@@ -64,13 +64,13 @@ def routed_mlp_op(
 
 
 def _saved_storage(
-    x: Tensor, gate_up: Tensor, num_rows: int, num_experts: int
+    x: Tensor, gate_up: Tensor, num_rows: int, num_groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Storage for the pre-activation, the order of the rows and the experts' ends."""
     return (
         torch.empty((num_rows, gate_up.shape[1]), dtype=compute_dtype(x), device=x.device),
         torch.empty((num_rows,), dtype=torch.int64, device=x.device),
-        torch.empty((num_experts,), dtype=torch.int32, device=x.device),
+        torch.empty((num_groups,), dtype=torch.int32, device=x.device),
     )
 
 
