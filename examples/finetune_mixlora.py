@@ -129,7 +129,8 @@ def read_back(job: Job) -> None:
     }
     for way, reloaded in loaded.items():
         difference = (logits_of(reloaded, rows["target"][:4]) - trained).abs().max().item()
-        console.print(f"{way}.from_pretrained({folder}): logits differ by at most {difference:g}")
+        told = f"{way}.from_pretrained({folder}): logits differ by at most {difference:g}"
+        console.print(told, soft_wrap=True)
     loads = {}
     for kind, title in {"target": job.target, "prose": "prose"}.items():
         with moeroute.track_routing(model) as stats:
