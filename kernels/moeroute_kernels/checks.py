@@ -67,8 +67,8 @@ def check_shapes(
         )
     if selected_experts.is_floating_point() or selected_experts.dtype == torch.bool:
         raise ValueError(
-            f"routed_mlp: selected_experts is {selected_experts.dtype}; must be integers, the ids of "
-            "experts"
+            f"routed_mlp: selected_experts is {selected_experts.dtype}; they must be integers, "
+            "the ids of experts"
         )
     if routing_weights.shape != selected_experts.shape:
         raise ValueError(

@@ -110,8 +110,7 @@ def mm_rows(rows: Tensor, weight: Tensor, runs: Runs, buffer: Tensor | None = No
         ends = runs.ends.to(torch.int32)
         return F.grouped_mm(rows[: runs.filled], weight.transpose(1, 2), offs=ends)
     if buffer is None:
-        shape = (runs.filled, weight.shape[1])
-        buffer = cpu_memory.empty(shape, rows.dtype, rows.device)
+        buffer = rows.new_empty((runs.filled, weight.shape[1]))
     cast = weight.dtype != rows.dtype
     by_row = weight.stride(2) == 1
     pieces = zip(
@@ -133,7 +132,7 @@ def mm_rows_padded(rows: Tensor, weight: Tensor, runs: Runs, num_rows: int) -> T
     """Do as `mm_rows` and add zero rows up to num_rows: (num_rows, O)."""
     if runs.filled == num_rows:
         return mm_rows(rows, weight, runs)
-    padded = cpu_memory.empty((num_rows, weight.shape[1]), rows.dtype, rows.device)
+    padded = rows.new_empty((num_rows, weight.shape[1]))
     padded[runs.filled :].zero_()
     head = padded[: runs.filled]
     result = mm_rows(rows, weight, runs, head)
@@ -187,7 +186,7 @@ def mm_weights(rows_out: Tensor, rows_in: Tensor, runs: Runs, like: Tensor) -> T
     if is_transposed(like):
         return mm_weights(rows_in, rows_out, runs, like.transpose(1, 2)).transpose(1, 2)
     idle = 1.0 - len(runs.experts) / max(like.shape[0], 1)
-    gradient, is_zero = cpu_memory.allocate(like.shape, like.dtype, like.device, idle)
+    gradient, is_zero = cpu_memory.gradient_like(like, idle)
     if not is_zero:
         zero_idle(gradient, runs)
     cast = like.dtype != rows_in.dtype

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moeroute_kernels import cpu_memory
-
 PIECE_ELEMENTS = 2**17
 """Elements of a piece of rows: with its neighbours in float32 it stays in a cache of 2 MB."""
 
@@ -31,7 +29,7 @@ def row_pieces(like: Tensor) -> Iterator[slice]:
 def gather(tokens: Tensor, index: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Gather rows (T, H) -> (n, H) in `dtype`, into `out` if given."""
     if out is None:
-        out = cpu_memory.empty((index.shape[0], tokens.shape[1]), dtype, tokens.device)
+        out = tokens.new_empty((index.shape[0], tokens.shape[1]), dtype=dtype)
     return torch.index_select(tokens.to(dtype), 0, index, out=out)
 
 

@@ -7,7 +7,7 @@ import torch
 from tolerances import assert_close
 from torch import Tensor
 
-from moeroute_kernels import cpu, cpu_memory
+from moeroute_kernels import cpu, cpu_memory, grouped_mm
 
 
 @pytest.fixture
@@ -159,36 +159,77 @@ class TestWeightGradient:
 
 
 class TestMemory:
-    SHAPE = (3, 1024, 1024)
-    CPU = torch.device("cpu")
+    LINUX = sys.platform == "linux"
 
-    def test_a_small_buffer_is_an_ordinary_one(self):
-        tensor, is_zero = cpu_memory.allocate((4, 5), torch.bfloat16, self.CPU)
-        assert tensor.shape == (4, 5)
-        assert tensor.dtype == torch.bfloat16
+    @pytest.fixture(autouse=True)
+    def pool(self, monkeypatch: pytest.MonkeyPatch) -> cpu_memory.Pool:
+        """An empty pool, and every size is big enough for it."""
+        pool = cpu_memory.Pool()
+        monkeypatch.setattr(cpu_memory, "POOL", pool)
+        monkeypatch.setattr(cpu_memory, "MAP_BYTES", 1)
+        return pool
+
+    def test_a_small_gradient_is_an_ordinary_tensor(
+        self, pool: cpu_memory.Pool, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(cpu_memory, "MAP_BYTES", 1000)
+        weight = torch.ones(4, 5, dtype=torch.bfloat16)
+        gradient, is_zero = cpu_memory.gradient_like(weight, idle=1.0)
+        assert (gradient.shape, gradient.dtype) == (weight.shape, weight.dtype)
         assert not is_zero
+        del gradient
+        assert pool.free_bytes() == 0
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-    def test_a_big_one_is_zero_writable_and_lives_as_long_as_its_views(
-        self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-    ):
-        monkeypatch.setattr(cpu_memory, "MAP_BYTES", 2**20)
-        tensor, is_zero = cpu_memory.allocate(self.SHAPE, dtype, self.CPU)
-        assert is_zero == sys.platform.startswith("linux")
-        view = tensor[1, 3:]
-        view.fill_(2)
-        del tensor
-        assert (view == 2).all()
+    @pytest.mark.parametrize("idle", [0.0, 1.0])
+    def test_memory_lives_as_long_as_the_views_of_it(self, dtype: torch.dtype, idle: float):
+        weight = torch.randn(3, 128, 64).to(dtype)
+        gradient, _ = cpu_memory.gradient_like(weight, idle)
+        view = gradient.copy_(weight)[1, 3:]
+        del gradient
+        others = [cpu_memory.gradient_like(weight, idle)[0].fill_(7) for _ in range(3)]
+        assert len(others) == 3
+        assert torch.equal(view, weight[1, 3:])
 
-    def test_idle_buffers_are_mapped_sooner(self):
-        size = cpu_memory.MAP_IDLE_BYTES // 4
-        assert cpu_memory.MAP_IDLE_BYTES < cpu_memory.MAP_BYTES
-        busy = cpu_memory.allocate((size,), torch.float32, self.CPU, idle=0.2)
-        idle = cpu_memory.allocate((size,), torch.float32, self.CPU, idle=0.8)
-        assert not busy[1]
-        assert idle[1] == sys.platform.startswith("linux")
-        assert not idle[0].any() or not idle[1]
+    def test_an_idle_gradient_is_zero_whatever_was_there(self):
+        weight = torch.randn(3, 128, 64)
+        for _ in range(3):
+            gradient, is_zero = cpu_memory.gradient_like(weight, idle=0.9)
+            assert is_zero == self.LINUX
+            assert not is_zero or not gradient.any()
+            gradient.fill_(5)
+            del gradient
 
-    def test_no_elements(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(cpu_memory, "MAP_BYTES", 0)
-        assert cpu_memory.empty((0, 4), torch.float32, self.CPU).shape == (0, 4)
+    @pytest.mark.skipif(not LINUX, reason="the pool serves Linux alone")
+    def test_a_dead_gradient_leaves_its_memory_to_the_next(self, pool: cpu_memory.Pool):
+        weight = torch.randn(3, 128, 64)
+        first = cpu_memory.gradient_like(weight, idle=0.0)[0]
+        address, view = first.data_ptr(), first[0]
+        del first
+        assert pool.free_bytes() == 0
+        del view
+        assert pool.free_bytes() == weight.nbytes
+        second = cpu_memory.gradient_like(weight, idle=0.0)[0]
+        assert second.data_ptr() == address
+        assert cpu_memory.gradient_like(weight, idle=0.0)[0].data_ptr() != address
+        assert pool.free_bytes() == weight.nbytes
+        del second
+        pool.clear()
+        assert pool.free_bytes() == 0
+
+    @pytest.mark.skipif(not LINUX, reason="the pool serves Linux alone")
+    def test_training_uses_the_same_memory_in_every_step(self, pool: cpu_memory.Pool):
+        weight = torch.randn(4, 16, 32, requires_grad=True)
+        rows, ends = torch.randn(8, 32), torch.tensor([2, 4, 6, 8])
+        addresses = set()
+        for _ in range(4):
+            grouped_mm(rows, weight, ends).sum().backward()
+            assert weight.grad is not None
+            addresses.add(weight.grad.data_ptr())
+            weight.grad = None
+        assert len(addresses) == 1
+        assert pool.free_bytes() == weight.nbytes
+        # gradients that add up need a second block only for as long as the sum takes
+        for _ in range(3):
+            grouped_mm(rows, weight, ends).sum().backward()
+        assert pool.free_bytes() == weight.nbytes

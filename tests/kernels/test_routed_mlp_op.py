@@ -21,7 +21,9 @@ def op_arguments(case: Case, *, keep: bool, grad: bool = True) -> tuple[object, 
     return *tensors, case.activation, case.interleaved, 1.7, float("inf"), keep
 
 
-@pytest.mark.parametrize("case", [BASE, BASE.but(bias=True), CASES["no token"]], ids=["plain", "bias", "no token"])
+@pytest.mark.parametrize(
+    "case", [BASE, BASE.but(bias=True), CASES["no token"]], ids=["plain", "bias", "no token"]
+)
 def test_opcheck(case: Case):
     opcheck(routed_mlp_op, op_arguments(case, keep=True))
     opcheck(routed_mlp_op, op_arguments(case, keep=False, grad=False))
