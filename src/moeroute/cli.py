@@ -129,6 +129,7 @@ def inspect(
     max_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of the text to route, at most.")
     ] = 16384,
+    length: Annotated[int, typer.Option(min=1, help="Tokens a sequence, at most.")] = 1024,
 ) -> None:
     """Run a text through a checkpoint and show which experts its tokens go to."""
     with _user_errors():
@@ -141,7 +142,7 @@ def inspect(
 
         model = load_model(checkpoint, adapter)
         tokenizer = load_tokenizer(checkpoint)
-        batches = token_batches(model, tokenizer, text, max_tokens=max_tokens)
+        batches = token_batches(model, tokenizer, text, max_tokens=max_tokens, length=length)
         with track_routing(model) as stats:
             _run(model, batches)
         Console().print(stats.summary())

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from moeroute.integration.doctor import has_aux_losses, reentrant_modules
+from moeroute.integration.plot import check_plot
 from moeroute.integration.statistics import means
 from moeroute.integration.track import track_routing
 from moeroute.layers.routed import routing_passes
@@ -29,7 +30,7 @@ class RoutingCallback(TrainerCallback):
     """Adds the routing of the steps since the last log to Trainer's logs, as `moe/...` values.
 
     The values are `moe/entropy` and `moe/cv` (means over layers), `moe/max_violation` (the worst
-    layer), `moe/dead_experts` (their sum) and `moe/loss/NAME`, each auxiliary loss unweighted (the
+    layer), `moe/dead_experts` (their sum) and `moe/NAME`, each auxiliary loss unweighted (the
     mean over the steps). They reach the console, `state.log_history` and every reporter. Between
     logs everything stays on the device. Evaluation is left out. In distributed training the counts
     of all processes are summed; the losses are those of the process that logs.
@@ -37,13 +38,15 @@ class RoutingCallback(TrainerCallback):
     Args:
         log_every: Steps between logs of the routing, at the least: the values go into the next log
             that Trainer writes. 1 puts them into every log.
-        plot: A folder for heat maps, relative to the Trainer's output_dir; one is drawn at every
-            log, `routing-STEP.png`. True stands for "routing"; None draws none.
+        plot: Where to draw heat maps at every log of the routing, relative to the Trainer's
+            output_dir: a folder, for `routing-STEP.png` in it, or one file, which is drawn anew.
+            True stands for the folder "routing"; None draws none.
 
     Raises:
-        ValueError: log_every is below 1; or when training begins: auxiliary losses would be dropped
-            (label smoothing) or lose their gradient (reentrant checkpointing), or nothing is
-            routed in the model.
+        ImportError: A plot is asked for and matplotlib is missing.
+        ValueError: log_every is below 1, or the plot's suffix is unknown; or when training begins:
+            auxiliary losses would be dropped (label smoothing) or lose their gradient (reentrant
+            checkpointing), or the model has no routed layer.
 
     Example:
         >>> Trainer(model, arguments, callbacks=[moeroute.RoutingCallback(log_every=50)], ...)
@@ -54,6 +57,8 @@ class RoutingCallback(TrainerCallback):
             raise ValueError(f"log_every={log_every}; give a number of steps, at least 1")
         self.log_every = log_every
         self.plot = Path("routing") if plot is True else Path(plot) if plot else None
+        if self.plot is not None:
+            check_plot(self._plot_path(0))
         self._open = ExitStack()
         self._stats: RoutingStats | None = None
         self._losses: dict[str, Tensor] = {}
@@ -122,7 +127,7 @@ class RoutingCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(values)
         if self.plot is not None and state.is_world_process_zero and self._stats.tallies:
-            path = Path(args.output_dir or ".") / self.plot / f"routing-{state.global_step}.png"
+            path = Path(args.output_dir or ".") / self._plot_path(state.global_step)
             self._stats.plot(path, title=f"Expert load up to step {state.global_step}")
         self._stats.reset()
         self._losses, self._loss_steps = {}, 0
@@ -133,6 +138,10 @@ class RoutingCallback(TrainerCallback):
         """Take the hooks off the model."""
         self._open.close()
         self._stats = None
+
+    def _plot_path(self, step: int) -> Path:
+        plot = self.plot or Path()
+        return plot if plot.suffix else plot / f"routing-{step}.png"
 
     def _keep_losses(self) -> None:
         # not `read`: that would say that somebody trains on them
@@ -150,7 +159,7 @@ class RoutingCallback(TrainerCallback):
                 _sum_over_processes(tensor)
         values = {f"moe/{name}": value for name, value in means(stats.layers).items()}
         for name, value in self._losses.items():
-            values[f"moe/loss/{name}"] = value.item() / self._loss_steps
+            values[f"moe/{name}"] = value.item() / self._loss_steps
         return values
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
-ROW = 1024
+TOKENS_A_BATCH = 4096
 CHARACTERS_A_TOKEN = 32
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
@@ -67,14 +67,17 @@ def load_tokenizer(checkpoint: str) -> Any:
         return AutoTokenizer.from_pretrained(places[-1])
 
 
-def token_batches(model: Any, tokenizer: Any, text: Path, *, max_tokens: int) -> list[Tensor]:
-    """Cut a text into rows of at most 1024 tokens (or the model's context), some rows a batch.
+def token_batches(
+    model: Any, tokenizer: Any, text: Path, *, max_tokens: int, length: int
+) -> list[Tensor]:
+    """Cut a text into rows of tokens, some rows a batch.
 
     Args:
         model: Says how long a row may be and which ids it knows.
         tokenizer: Its tokenizer.
         text: A UTF-8 file.
         max_tokens: Tokens to read at most.
+        length: Tokens a row; less where the model's context is shorter.
 
     Returns:
         (rows, tokens) int64 ids; the last batch is one shorter row where the text ends in one.
@@ -96,10 +99,10 @@ def token_batches(model: Any, tokenizer: Any, text: Path, *, max_tokens: int) ->
             f"the tokenizer made id {int(ids.max())}, but the model knows {known}: they do not "
             "belong together"
         )
-    row = min(ROW, getattr(model.config, "max_position_embeddings", None) or ROW)
-    rows_a_batch = max(1, 4096 // row)
-    whole = ids.numel() // row * row
-    batches = list(ids[:whole].view(-1, row).split(rows_a_batch)) if whole else []
+    length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
+    rows = max(1, TOKENS_A_BATCH // length)
+    whole = ids.numel() // length * length
+    batches = list(ids[:whole].view(-1, length).split(rows)) if whole else []
     return [*batches, ids[whole:].view(1, -1)] if whole < ids.numel() else batches
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moeroute.integration.doctor_adapters import check_adapters
-from moeroute.integration.experts_report import experts_report
+from moeroute.integration.experts_report import asks_for_moeroute, experts_report
 from moeroute.integration.finding import Finding, several
 from moeroute.integration.lazy_registration import IMPLEMENTATION
 from moeroute.integration.routing_sources import find_sources
@@ -23,6 +23,7 @@ HALF = (torch.float16, torch.bfloat16)
 SELECTION_BIASES = ("e_score_correction_bias", "expert_bias", "selection_bias")
 ROUTER_NAMES = ("gate", "router")
 ROUTER_DEPTH = 3  # how far below the router its parameters may lie
+QUANTISED_LINEARS = ("Linear4bit", "Linear8bitLt")
 STACK_NDIM = 3
 
 
@@ -61,7 +62,7 @@ def reentrant_modules(model: nn.Module) -> list[str]:
 def check_ignored_experts(model: nn.Module) -> Iterator[Finding]:
     """`experts_implementation="moeroute"` on a family that computes its experts itself."""
     ignored = experts_report(model).ignored
-    if ignored and _setting(model, "_experts_implementation") == IMPLEMENTATION:
+    if ignored and _asks(model):
         classes = ", ".join(sorted({class_name for _, class_name in ignored}))
         yield Finding(
             module=ignored[0][0],
@@ -74,7 +75,7 @@ def check_ignored_experts(model: nn.Module) -> Iterator[Finding]:
 def check_quantised_experts(model: nn.Module) -> Iterator[Finding]:
     """Experts in FP8, which moeroute cannot multiply, or in full precision in a quantised model."""
     report = experts_report(model)
-    if report.fp8 and _setting(model, "_experts_implementation") == IMPLEMENTATION:
+    if report.fp8 and _asks(model):
         yield Finding(
             module=report.fp8[0],
             problem=f"{several(report.fp8, 'stack')} of FP8 experts cannot run with "
@@ -84,12 +85,11 @@ def check_quantised_experts(model: nn.Module) -> Iterator[Finding]:
             severity="error",
         )
     stacks = [name for name in report.dispatched if _has_float_stack(model.get_submodule(name))]
-    bits = _bitsandbytes_bits(model)
-    if stacks and bits:
+    if stacks and _is_quantised(model):
         yield Finding(
             module=stacks[0],
-            problem=f"the model was loaded in {bits} bits, but {several(stacks, 'stack')} of "
-            "experts stayed in full precision: bitsandbytes quantises linears only",
+            problem=f"the linears are quantised, but {several(stacks, 'stack')} of experts stayed "
+            "in full precision and hold most of the memory: bitsandbytes quantises linears only",
             mend="quantise the expert parameters by name with torchao (TorchAoConfig with "
             "FqnToConfig), or plan memory for full-precision experts",
         )
@@ -175,6 +175,10 @@ def _setting(model: nn.Module, name: str) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+def _asks(model: nn.Module) -> bool:
+    return any(asks_for_moeroute(module) for module in model.modules())
+
+
 def _aux_coefficient(model: nn.Module) -> float:
     return float(_setting(model, "router_aux_loss_coef") or 0.0)
 
@@ -193,6 +197,8 @@ def _routers_of(parameter_names: list[str]) -> list[str]:
     found: dict[str, None] = {}
     for name in parameter_names:
         parts = name.split(".")[:-1]
+        if "banks" in parts:  # LoRA experts by role, one of which is called gate
+            continue
         for depth in range(len(parts), max(len(parts) - ROUTER_DEPTH, 0), -1):
             if parts[depth - 1] in ROUTER_NAMES:
                 found[".".join(parts[:depth])] = None
@@ -205,12 +211,5 @@ def _has_float_stack(module: nn.Module) -> bool:
     return any(isinstance(p, Tensor) and p.is_floating_point() for p in stacks)
 
 
-def _bitsandbytes_bits(model: nn.Module) -> int | None:
-    settings = _setting(model, "quantization_config")
-    if settings is None:
-        return None
-    fields = settings if isinstance(settings, dict) else vars(settings)
-    for bits in (4, 8):
-        if fields.get(f"load_in_{bits}bit") or fields.get(f"_load_in_{bits}bit"):
-            return bits
-    return None
+def _is_quantised(model: nn.Module) -> bool:
+    return any(type(module).__name__ in QUANTISED_LINEARS for module in model.modules())
