@@ -9,6 +9,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
 )
@@ -108,11 +110,13 @@ def test_a_target_that_no_module_is_called():
     assert "nothing stands: w_proj" in problem
 
 
-@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
 def test_experts_that_lora_leaves_frozen():
-    model = get_peft_model(mixtral().eval(), LoraConfig(target_modules="all-linear")).eval()
+    config = Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=16, head_dim=8)
+    model = Qwen3MoeForCausalLM(config).eval()
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear")).eval()
     (problem,) = problems(model)
-    assert "2 stacks of experts frozen" in problem
+    assert "2 stacks of experts" in problem
+    assert "untouched" in problem
 
 
 def test_experts_that_quantisation_leaves_whole():
