@@ -5,12 +5,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
 )
@@ -111,8 +111,7 @@ def test_a_target_that_no_module_is_called():
 
 
 def test_experts_that_lora_leaves_frozen():
-    config = Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=16, head_dim=8)
-    model = Qwen3MoeForCausalLM(config).eval()
+    model = GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4, head_dim=8)).eval()
     model = get_peft_model(model, LoraConfig(target_modules="all-linear")).eval()
     (problem,) = problems(model)
     assert "2 stacks of experts" in problem

@@ -233,9 +233,14 @@ def test_inference_mode_may_come_and_go():
 def test_nothing_stays_behind_even_after_an_error(make):
     model = make()
     before = hooks_of(model)
-    with pytest.raises(RuntimeError, match="mine"), moeroute.track_routing(model):
-        assert hooks_of(model) > before
-        raise RuntimeError("mine")
+
+    def fail_inside():
+        with moeroute.track_routing(model):
+            assert hooks_of(model) > before
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        fail_inside()
     assert hooks_of(model) == before
     assert not any(m.routing_pass._listeners for m in model.modules() if "routing_pass" in vars(m))
 
