@@ -30,8 +30,15 @@ def _slots(ids: Tensor, experts: int) -> tuple[Tensor, Tensor | None]:
 
 def _live(rows: Tensor, dtype: torch.dtype, dead: Tensor | None) -> Tensor:
     """Rows in the compute dtype, zero where a token has no filled slot: those may hold anything."""
-    rows = rows.to(dtype)
+    if rows.dtype != dtype:
+        rows = rows.to(dtype)
     return rows if dead is None else rows.masked_fill(dead, 0)
+
+
+def _stack(lora: Tensor, dtype: torch.dtype, first: int) -> Tensor:
+    """A stack in the compute dtype as a matrix, its dimensions first and first + 1 made one."""
+    lora = lora.flatten(first, first + 1)
+    return lora if lora.dtype == dtype else lora.to(dtype)
 
 
 def forward(
@@ -62,16 +69,20 @@ def forward(
     """
     tokens, (experts, rank, _) = x.shape[0], lora_a.shape
     slots, dead = _slots(ids, experts)
-    wide = torch.promote_types(torch.promote_types(weights.dtype, dtype), torch.float32)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    scaled = weights * scaling
+    if scaled.dtype != wide:
+        scaled = scaled.to(wide)
     # Where slots are empty, one more column takes their weights and is dropped.
     columns = experts if dead is None else experts + 1
-    gates = weights.new_zeros((tokens, columns), dtype=wide)
-    gates.scatter_add_(1, slots, (weights * scaling).to(wide))
+    gates = scaled.new_zeros((tokens, columns)).scatter_add_(1, slots, scaled)
     if dead is not None:
         gates = gates[:, :experts].contiguous()
-    middle = torch.mm(_live(x, dtype, dead), lora_a.flatten(0, 1).to(dtype).t())
+    middle = torch.mm(_live(x, dtype, dead), _stack(lora_a, dtype, 0).t())
     gated = middle.view(tokens, experts, rank) * gates.unsqueeze(2)
-    gated, up = gated.to(dtype).view(middle.shape), lora_b.flatten(1).to(dtype).t()
+    if dtype != wide:
+        gated = gated.to(dtype)
+    gated, up = gated.view(middle.shape), _stack(lora_b, dtype, 1).t()
     if base.dtype == dtype:
         return torch.addmm(base, gated, up), middle, gates
     return (base + torch.mm(gated, up)).to(base.dtype).contiguous(), middle, gates
@@ -107,25 +118,36 @@ def backward(
         Four gradients in the compute dtype or wider, None where not needed.
     """
     need_x, need_a, need_b, need_weights = needs
-    dtype, (experts, rank, _) = middle.dtype, lora_a.shape
-    slots, dead = _slots(ids, experts)
-    shape = (gates.shape[0], experts, rank)
+    dtype, shape = middle.dtype, (*gates.shape, lora_a.shape[1])
+    slots, dead = _slots(ids, shape[1])
     gates = gates.unsqueeze(2)
     grad = _live(grad, dtype, dead)
     grad_x = grad_a = grad_b = grad_weights = None
     if need_b:
-        gated = (middle.view(shape) * gates).to(dtype)
-        grad_b = torch.mm(grad.t(), gated.view(middle.shape))
+        gated = middle.view(shape) * gates
+        if gated.dtype != dtype:
+            gated = gated.to(dtype)
+        grad_b = torch.mm(grad.t(), gated.view(middle.shape)).view(lora_b.shape)
     if need_x or need_a or need_weights:
-        ranks = torch.mm(grad, lora_b.flatten(1).to(dtype))
+        ranks = torch.mm(grad, _stack(lora_b, dtype, 1))
+        per_rank = ranks.view(shape)
         if need_weights:
-            per_expert = (ranks.to(gates.dtype) * middle).view(shape).sum(2)
-            if dead is not None:
-                per_expert = torch.nn.functional.pad(per_expert, (0, 1))
-            grad_weights = per_expert.gather(1, slots).mul_(scaling)
-        ranks.view(shape).mul_(gates)
+            grad_weights = _weights_gradient(per_rank, middle.view(shape), slots, dead, gates.dtype)
+            grad_weights.mul_(scaling)
+        per_rank.mul_(gates)
         if need_a:
-            grad_a = torch.mm(ranks.t(), _live(x, dtype, dead))
+            grad_a = torch.mm(ranks.t(), _live(x, dtype, dead)).view(lora_a.shape)
         if need_x:
-            grad_x = torch.mm(ranks, lora_a.flatten(0, 1).to(dtype))
+            grad_x = torch.mm(ranks, _stack(lora_a, dtype, 0))
     return grad_x, grad_a, grad_b, grad_weights
+
+
+def _weights_gradient(
+    ranks: Tensor, middle: Tensor, slots: Tensor, dead: Tensor | None, wide: torch.dtype
+) -> Tensor:
+    if ranks.dtype != wide:
+        ranks = ranks.to(wide)
+    per_expert = (ranks * middle).sum(2)
+    if dead is not None:
+        per_expert = torch.nn.functional.pad(per_expert, (0, 1))
+    return per_expert.gather(1, slots)

@@ -3,8 +3,7 @@
 The rows of a few experts at a time are gathered into one reused buffer, so that what the products
 read is still in the cache and nothing of (N, I) or (N, O) is ever made.
 
-Axes: T tokens, K slots per token, N = T * K rows, N' of them filled, E experts, R rank of one
-expert, I in, O out.
+Axes: T tokens, K slots, N = T * K rows, N' of them filled, E experts, R rank, I in, O out.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ __all__ = ["CHUNK_ROWS", "backward", "forward"]
 CHUNK_ROWS = 256
 """Rows gathered at a time, more only where one expert alone has more; 1 MiB at 1024 features."""
 GROUPED_MM_ROWS = 32
-"""Rows per expert up to which the loop inside torch is faster than one here: it saves some 3
-microseconds an expert, but makes a new tensor."""
+"""Rows per expert up to which the loop inside torch, which makes a new tensor, is faster."""
 GROUPED_MM_ALIGNMENT = 16
 """Bytes that strides and addresses must be a multiple of to be taken by the loop inside torch."""
 
@@ -249,6 +247,7 @@ def backward(
     if need_weights:
         products = (ranks.to(plan.gates.dtype) * middle[:filled]).sum(1).mul_(scaling)
         grad_weights = products.new_zeros(order.shape[0]).index_copy_(0, plan.slots, products)
+        grad_weights = grad_weights.view(ids.shape)
     grad_a = torch.empty_like(lora_a, memory_format=torch.contiguous_format) if need_a else None
     wide = torch.promote_types(dtype, torch.float32)
     shape = (ids.shape[0], lora_a.shape[2])
