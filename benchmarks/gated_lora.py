@@ -1,4 +1,6 @@
-"""The mixture of LoRA over one linear beside its four usual forms in plain torch.
+"""The mixture of LoRA over one frozen linear beside its four usual forms in plain torch.
+
+The product of the linear itself is part of what is timed, the same for all, as in a model.
 
 Axes: T tokens, E experts, K slots per token, R rank of one expert, I in, O out.
 """
@@ -10,6 +12,7 @@ from itertools import product
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import moeroute_kernels
 from benchmarks import lora_baselines
@@ -44,8 +47,8 @@ def make_inputs(case: Case) -> Inputs:
         case: Sizes, dtype and device; the routing is that of a random router.
 
     Returns:
-        weights lora_a (E, R, I) and lora_b (O, E, R); batches of base (T, O), x (T, I),
-        selected_experts (T, K), routing_weights (T, K) float32; gradients (T, O).
+        weights lora_a (E, R, I), lora_b (O, E, R) and the frozen linear (O, I); batches of x (T,
+        I), selected_experts (T, K), routing_weights (T, K) float32; gradients (T, O).
     """
     shape = replace(LORA_SHAPES[case.shape_name], tokens=case.tokens)
     generator = torch.Generator().manual_seed(0)
@@ -58,10 +61,10 @@ def make_inputs(case: Case) -> Inputs:
         weights = weights or {
             "lora_a": leaf(lora_a.unflatten(0, ranks), case),
             "lora_b": leaf(lora_b.unflatten(1, ranks), case),
+            "linear": frozen_linear(shape.width, case),
         }
         batches.append(
             {
-                "base": leaf(base, case),
                 "x": leaf(x, case),
                 "selected_experts": ids.to(case.device),
                 "routing_weights": leaf(routing_weights, case),
@@ -70,6 +73,13 @@ def make_inputs(case: Case) -> Inputs:
         gradient = torch.randn(base.shape, generator=generator)
         gradients.append(gradient.to(case.device, base.dtype))
     return Inputs(weights, tuple(batches), tuple(gradients))
+
+
+def frozen_linear(width: int, case: Case) -> Tensor:
+    """A weight (width, width) without a gradient, in the case's dtype."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn((width, width), generator=generator) * width**-0.5
+    return weight.to(case.device, DTYPES[case.dtype])
 
 
 def reference(weights: Tensors, batch: Tensors) -> Tensor:
@@ -83,7 +93,7 @@ def reference(weights: Tensors, batch: Tensors) -> Tensor:
         (T, O) float32.
     """
     return moeroute_kernels.reference.gated_lora(
-        batch["base"].float(),
+        F.linear(batch["x"].float(), weights["linear"].float()),
         batch["x"].float(),
         weights["lora_a"].float(),
         weights["lora_b"].float(),
@@ -98,7 +108,7 @@ def mixture_provider(name: str, mixture: lora_baselines.Mixture, *, peer: bool =
 
     def compute(weights: Tensors, batch: Tensors) -> Tensor:
         return mixture(
-            batch["base"],
+            F.linear(batch["x"], weights["linear"]),
             batch["x"],
             weights["lora_a"],
             weights["lora_b"],

@@ -5,7 +5,7 @@
 
 Two forms of the same sum. Dense: two products over all E * R ranks, the gates folded in between, so
 nothing wider than (T, E * R) is made. Sorted: each expert sees only its own tokens, which pays when
-E * R is large and K is small. `runs_dense` chooses.
+E * R is large and K is small. `runs_dense` chooses where the op is traced.
 
 Axes: T tokens, K slots per token, N = T * K rows, E experts, R rank of one expert, I in, O out.
 """
@@ -20,26 +20,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from moeroute_kernels import lora_dense, lora_sorted
+from moeroute_kernels.lora_form import check_sizes, dense_is_faster, runs_dense
 
-__all__ = ["DENSE_RANKS", "gated_lora", "runs_dense"]
+__all__ = ["gated_lora"]
 
-DENSE_RANKS = 256
-"""Ranks that the dense form may compute beyond the K * R that are needed; measured."""
-
-
-def runs_dense(lora_a: Tensor, selected_experts: Tensor) -> bool:
-    """Whether the dense form is used: a matter of static sizes, never of the number of tokens.
-
-    Args:
-        lora_a: (E, R, I).
-        selected_experts: (T, K).
-
-    Returns:
-        True when all ranks together are few enough, or every expert has a slot anyway.
-    """
-    experts, rank = lora_a.shape[:2]
-    unused = experts - min(selected_experts.shape[1], experts)
-    return unused * rank <= DENSE_RANKS
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def gated_lora(
@@ -75,56 +60,49 @@ def gated_lora(
     Raises:
         ValueError: Sizes that do not belong together, or ids that are not integers.
     """
-    _check(base, x, lora_a, lora_b, selected_experts, routing_weights)
+    sizes = check_sizes(base, x, lora_a, lora_b, selected_experts, routing_weights)
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
-    inputs = (base, x, lora_a, lora_b, selected_experts, routing_weights, scaling)
-    if not _runs_directly(x) or not _runs_directly(lora_a):
+    if torch.is_autocast_enabled(device_type):
+        if x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device_type)
+            x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
+        with torch.autocast(device_type, enabled=False):
+            return _without_autocast(
+                sizes, base, x, lora_a, lora_b, selected_experts, routing_weights, scaling
+            )
+    return _without_autocast(
+        sizes, base, x, lora_a, lora_b, selected_experts, routing_weights, scaling
+    )
+
+
+def _without_autocast(
+    sizes: tuple[int, int, int],
+    base: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    scaling: float,
+) -> Tensor:
+    inputs = (base, x, lora_a, lora_b, ids, weights, scaling)
+    if not _runs_directly(x) or type(lora_a) not in _PLAIN:
         return torch.ops.moeroute.gated_lora.default(*inputs)[0]
+    if dense_is_faster(lora_a, *sizes):
+        out = lora_dense.forward_if_filled(*inputs, _compute_dtype(lora_a))
+        if out is not None:
+            return out
     return _Direct.apply(*inputs) if torch.is_grad_enabled() else _forward(*inputs)[0]
 
 
-def _check(
-    base: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, weights: Tensor
-) -> None:
-    if lora_a.dim() != 3 or lora_b.dim() != 3 or lora_b.shape[1:] != lora_a.shape[:2]:
-        raise ValueError(
-            f"gated_lora: lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} must be "
-            "(E, R, I) and (O, E, R)"
-        )
-    tokens = x.shape[0]
-    if x.dim() != 2 or x.shape[1] != lora_a.shape[2]:
-        raise ValueError(
-            f"gated_lora: x {tuple(x.shape)} must be (T, {lora_a.shape[2]}), as wide as lora_a"
-        )
-    if base.dim() != 2 or base.shape[0] != tokens or base.shape[1] != lora_b.shape[0]:
-        raise ValueError(
-            f"gated_lora: base {tuple(base.shape)} must be ({tokens}, {lora_b.shape[0]}), "
-            "one row per token of x, as wide as lora_b"
-        )
-    if ids.dim() != 2 or ids.shape[0] != tokens or weights.shape != ids.shape:
-        raise ValueError(
-            f"gated_lora: selected_experts {tuple(ids.shape)} and routing_weights "
-            f"{tuple(weights.shape)} must both be ({tokens}, K)"
-        )
-    if ids.is_floating_point() or not weights.is_floating_point():
-        raise ValueError(
-            f"gated_lora: selected_experts ({ids.dtype}) must be integers and routing_weights "
-            f"({weights.dtype}) floating"
-        )
-
-
 def _runs_directly(tensor: Tensor) -> bool:
-    """Tell whether nobody watches or traces a tensor, so that the op's dispatch may be left out.
+    """Tell whether nobody watches or traces a CPU tensor, so that dispatch may be left out.
 
     Dispatch and the autograd of a custom op cost 0.2 ms, as much as all the products of 64 tokens
     over 32 ranks. Only on a CPU: another device may have a kernel of its own under the op's name.
     """
-    plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
     watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-    return plain and not watched and tensor.device.type == "cpu"
+    return not watched and tensor.is_cpu and type(tensor) in _PLAIN
 
 
 def _compute_dtype(lora_a: Tensor) -> torch.dtype:
@@ -143,10 +121,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     form = lora_dense if runs_dense(lora_a, ids) else lora_sorted
     inputs = (base, x, lora_a, lora_b, ids, weights, scaling, _compute_dtype(lora_a))
-    if not torch.is_autocast_enabled(x.device.type):
-        return form.forward(*inputs)
-    with torch.autocast(x.device.type, enabled=False):
-        return form.forward(*inputs)
+    return form.forward(*inputs)
 
 
 def _forward_fake(
@@ -184,10 +159,8 @@ def _gradients(
 ) -> list[Tensor | None]:
     form = lora_dense if runs_dense(lora_a, ids) else lora_sorted
     inputs = (grad, x, middle, plan, lora_a, lora_b, ids, weights, scaling, needs)
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            grads = form.backward(*inputs)
-    else:
+    # Backward may be called under autocast although forward was not.
+    with torch.autocast(x.device.type, enabled=False):
         grads = form.backward(*inputs)
     return [
         own if own is None or own.dtype == like.dtype else own.to(like.dtype)

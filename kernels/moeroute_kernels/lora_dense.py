@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moeroute_kernels.lora_slots import all_filled
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "forward_if_filled"]
 
 
 def _slots(ids: Tensor, experts: int) -> tuple[Tensor, Tensor | None]:
@@ -67,25 +67,74 @@ def forward(
         (T, O) in the dtype of base, and for `backward` x A^T (T, E * R) in dtype and the gates
         (T, E), scaling * weight in float32 or wider, 0 where an expert is not selected.
     """
-    tokens, (experts, rank, _) = x.shape[0], lora_a.shape
+    experts = lora_a.shape[0]
     slots, dead = _slots(ids, experts)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    scaled = weights * scaling
-    if scaled.dtype != wide:
-        scaled = scaled.to(wide)
+    scaled = _scaled(weights, scaling, dtype)
     # Where slots are empty, one more column takes their weights and is dropped.
     columns = experts if dead is None else experts + 1
-    gates = scaled.new_zeros((tokens, columns)).scatter_add_(1, slots, scaled)
+    gates = scaled.new_zeros((x.shape[0], columns)).scatter_add_(1, slots, scaled)
     if dead is not None:
         gates = gates[:, :experts].contiguous()
-    middle = torch.mm(_live(x, dtype, dead), _stack(lora_a, dtype, 0).t())
-    gated = middle.view(tokens, experts, rank) * gates.unsqueeze(2)
-    if dtype != wide:
+    out, middle = _mix(base, _live(x, dtype, dead), lora_a, lora_b, gates, dtype)
+    return out, middle, gates
+
+
+def forward_if_filled(
+    base: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """The output of `forward` in torch's own autograd, for CPU tensors without an empty slot.
+
+    A node of our own in the graph costs 0.1 ms a step, a fifth of 64 tokens over 32 ranks.
+
+    Args:
+        base: As in `forward`, like all others.
+        x: (T, I).
+        lora_a: (E, R, I).
+        lora_b: (O, E, R).
+        ids: (T, K).
+        weights: (T, K).
+        scaling: Multiplies the sum.
+        dtype: To compute in.
+
+    Returns:
+        (T, O) in the dtype of base, or None when a slot is empty.
+    """
+    scaled = _scaled(weights, scaling, dtype)
+    gates = torch.zeros((x.shape[0], lora_a.shape[0]), dtype=scaled.dtype)
+    try:
+        gates.scatter_add_(1, ids.long(), scaled)
+    except RuntimeError:  # It checks each index: a check of our own would read all of them again.
+        return None
+    x = x if x.dtype == dtype else x.to(dtype)
+    return _mix(base, x, lora_a, lora_b, gates, dtype)[0]
+
+
+def _scaled(weights: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """Routing weights times scaling, in float32 or wider."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    scaled = weights * scaling
+    return scaled if scaled.dtype == wide else scaled.to(wide)
+
+
+def _mix(
+    base: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, gates: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """base + (x A^T * gates) B^T in the dtype of base, and x A^T (T, E * R) in dtype."""
+    middle = torch.mm(x, _stack(lora_a, dtype, 0).t())
+    gated = middle.view(*gates.shape, lora_a.shape[1]) * gates.unsqueeze(2)
+    if gated.dtype != dtype:
         gated = gated.to(dtype)
     gated, up = gated.view(middle.shape), _stack(lora_b, dtype, 1).t()
     if base.dtype == dtype:
-        return torch.addmm(base, gated, up), middle, gates
-    return (base + torch.mm(gated, up)).to(base.dtype).contiguous(), middle, gates
+        return torch.addmm(base, gated, up), middle
+    return (base + torch.mm(gated, up)).to(base.dtype).contiguous(), middle
 
 
 def backward(

@@ -19,8 +19,8 @@ from moeroute_kernels.lora_slots import all_filled
 
 __all__ = ["CHUNK_ROWS", "backward", "forward"]
 
-CHUNK_ROWS = 256
-"""Rows gathered at a time, more only where one expert alone has more; 1 MiB at 1024 features."""
+CHUNK_ROWS = 1024
+"""Rows gathered at a time, more only where one expert alone has more; 4 MiB at 1024 features."""
 GROUPED_MM_ROWS = 32
 """Rows per expert up to which the loop inside torch, which makes a new tensor, is faster."""
 GROUPED_MM_ALIGNMENT = 16
@@ -135,19 +135,17 @@ def _times(rows: Tensor, stack: Tensor, chunk: _Chunk, out: Tensor) -> Tensor:
     """Each expert's rows (n, A) times its matrix of stack (E, A, B): (n, B), in out or new."""
     if chunk.ends is not None:
         return F.grouped_mm(rows, stack, offs=chunk.ends)
-    matrices = stack.unbind(0)
     pieces = zip(chunk.experts, rows.split(chunk.sizes), out.split(chunk.sizes), strict=True)
     for expert, source, target in pieces:
-        torch.mm(source, matrices[expert], out=target)
+        torch.mm(source, stack[expert], out=target)
     return out
 
 
 def _outer(left: Tensor, right: Tensor, chunk: _Chunk, stack: Tensor) -> None:
     """Put left^T right over each expert's rows (n, A) and (n, B) into stack (E, A, B)."""
-    matrices = stack.unbind(0)
     pieces = zip(chunk.experts, left.split(chunk.sizes), right.split(chunk.sizes), strict=True)
     for expert, first, second in pieces:
-        torch.mm(first.t(), second, out=matrices[expert])
+        torch.mm(first.t(), second, out=stack[expert])
 
 
 def _gated(ranks: Tensor, gates: Tensor) -> Tensor:

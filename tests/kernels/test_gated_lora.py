@@ -26,11 +26,14 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=["dense", "sorted"])
+@pytest.fixture(params=["autograd", "dense", "sorted"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both forms of the op, whatever the switch would choose."""
-    dense = request.param == "dense"
+    """Every form of the op, whatever the switch would choose; "autograd" is dense in torch's."""
+    dense = request.param != "sorted"
     monkeypatch.setattr(module, "runs_dense", lambda lora_a, selected_experts: dense)
+    monkeypatch.setattr(
+        module, "dense_is_faster", lambda lora_a, *sizes: request.param == "autograd"
+    )
     return request.param
 
 
