@@ -124,7 +124,8 @@ def parse(description: str) -> argparse.Namespace:
     add("--batch-size", type=int, help="sequences a step (8; quick: 4)")
     add("--sequence-length", type=int, help="tokens a sequence (128; quick: 64)")
     add("--heldout-rows", type=int, help="held-out sequences of each text (256; quick: 4)")
-    add("--learning-rate", type=float, help=f"of both arms ({OWN_RATES}; with --model: {RATE:g})")
+    own = ", ".join(f"{name} {rate:g}" for name, rate in OWN_RATES.items())
+    add("--learning-rate", type=float, help=f"of both arms ({own}; with --model: {RATE:g})")
     add("--seed", type=int, default=0, help="of everything (%(default)s)")
     options = parser.parse_args()
     defaults = {

@@ -26,6 +26,16 @@ BARS = 32
 NARROWEST = 110
 DEAD_SHOWN = 3
 UNEVEN_CV = 1.0
+FIGURES = {
+    "experts": 7,
+    "slots": 5,
+    "entropy": 7,
+    "CV": 4,
+    "max viol": 8,
+    "dead": 4,
+    "busiest": 8,
+}
+"""Columns of figures and the width that each keeps on a narrow screen; only the bars are cut."""
 NOTHING = "nothing was routed inside the block: call the model before it ends"
 
 
@@ -49,7 +59,9 @@ def routing_table(model_name: str, layers: Sequence[LayerStats], tracked: int) -
         layers: What was routed; with none of them the table says so.
         tracked: How many layers were watched.
     """
-    table = RoutingTable(box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    table = RoutingTable(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", caption_justify="left"
+    )
     table.title = f"Routing of {model_name}: {total_tokens(layers):,} tokens"
     if not layers:
         table.add_column(f"{tracked} routed layers watched")
@@ -57,8 +69,8 @@ def routing_table(model_name: str, layers: Sequence[LayerStats], tracked: int) -
         return table
     pattern, labels = layer_labels([layer.name for layer in layers])
     table.add_column("layer", no_wrap=True)
-    for heading in ("experts", "slots", "entropy", "CV", "max viol", "dead", "busiest"):
-        table.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
+    for heading, width in FIGURES.items():
+        table.add_column(heading, justify="right", no_wrap=True, min_width=width)
     table.add_column("load", no_wrap=True)
     for label, layer in zip(labels, layers, strict=True):
         table.add_row(label, *_cells(layer))
