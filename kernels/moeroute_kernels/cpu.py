@@ -20,16 +20,21 @@ from torch.nn import functional as F
 from moeroute_kernels import cpu_memory
 
 # The switches below were measured on a Sapphire Rapids with AMX, torch 2.13, at 1 and 2 threads,
-# with matrices of 512 x 1024 and 1024 x 256. "Flipped" computes (weight @ rows.T).T and copies:
+# with matrices from 1024 x 256 to 4096 x 1024. "Flipped" computes (weight @ rows.T).T and copies:
 # oneDNN then reads a bfloat16 weight without repacking it, and MKL has better float32 kernels for
-# few columns. It saves work in proportion to I and copies in proportion to the rows, hence a bound
-# of rows per I.
+# few columns. It saves work in proportion to I and copies in proportion to the rows.
 FLIP_ROWS_BFLOAT16 = (2, 128)
 """Fewest and most rows of one expert for which a bfloat16 product is flipped."""
-FLIP_ROWS_FLOAT32 = (9, 64)
-"""Fewest and most rows of one expert for which a float32 product is flipped."""
 FLIP_COLUMNS_PER_ROW = 10
-"""A product is flipped while I is at least this many times the rows."""
+"""A bfloat16 product is flipped while I is at least this many times the rows."""
+FLIP_ROWS_FLOAT32 = (16, 48)
+"""Fewest and most rows of one expert for which a float32 product is flipped."""
+FLIP_COLUMNS_FLOAT32 = 1024
+"""Smallest I for which a float32 product is flipped."""
+FLIP_ROWS_BIG_FLOAT32 = 9
+"""Fewest rows where a float32 matrix has FLIP_BIG_FLOAT32 elements and more."""
+FLIP_BIG_FLOAT32 = 2**21
+"""Elements of one expert's float32 matrix from which on it counts as big."""
 UNBIND_FRACTION = 0.25
 """From this fraction of hit experts on, taking all of a stack's matrices at once is cheaper."""
 GROUPED_MM_ROWS = 32
@@ -105,8 +110,8 @@ def mm_rows(rows: Tensor, weight: Tensor, runs: Runs, buffer: Tensor | None = No
         (runs.filled, O) in the dtype of rows: `buffer` or a new tensor.
     """
     low, high = _flip_range(weight)
-    may_flip = low <= high and (weight.dtype == torch.bfloat16 or low <= max(runs.sizes, default=0))
-    if runs.ends is not None and not may_flip and _suits_grouped_mm(rows, weight, runs):
+    some_flip = low <= high and (weight.dtype == torch.bfloat16 or low <= _mean_rows(runs))
+    if runs.ends is not None and not some_flip and _suits_grouped_mm(rows, weight, runs):
         ends = runs.ends.to(torch.int32)
         return F.grouped_mm(rows[: runs.filled], weight.transpose(1, 2), offs=ends)
     if buffer is None:
@@ -141,22 +146,29 @@ def mm_rows_padded(rows: Tensor, weight: Tensor, runs: Runs, num_rows: int) -> T
     return padded
 
 
+def _mean_rows(runs: Runs) -> float:
+    """Rows per expert that has any."""
+    return runs.filled / max(len(runs.experts), 1)
+
+
 def _flip_range(weight: Tensor) -> tuple[int, int]:
     """Fewest and most rows for a flipped product; the most is below the fewest if there is none."""
+    none = (1, 0)
+    _, outputs, inputs = weight.shape
     if weight.device.type != "cpu" or weight.stride(2) != 1:
-        return 1, 0
+        return none
     if weight.dtype == torch.bfloat16:
         low, high = FLIP_ROWS_BFLOAT16
-    elif weight.dtype == torch.float32:
+        return low, min(high, inputs // FLIP_COLUMNS_PER_ROW)
+    if weight.dtype == torch.float32 and inputs >= FLIP_COLUMNS_FLOAT32:
         low, high = FLIP_ROWS_FLOAT32
-    else:
-        return 1, 0
-    return low, min(high, weight.shape[2] // FLIP_COLUMNS_PER_ROW)
+        return FLIP_ROWS_BIG_FLOAT32 if outputs * inputs >= FLIP_BIG_FLOAT32 else low, high
+    return none
 
 
 def _suits_grouped_mm(rows: Tensor, weight: Tensor, runs: Runs) -> bool:
     """Tell whether torch's own loop can take the product, and the rows are few enough."""
-    if runs.filled > GROUPED_MM_ROWS * len(runs.experts) or not runs.filled:
+    if not 0 < _mean_rows(runs) <= GROUPED_MM_ROWS:
         return False
     if rows.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != rows.dtype:
         return False

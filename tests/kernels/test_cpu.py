@@ -46,8 +46,10 @@ def ends_of(sizes: list[int]) -> Tensor:
     [
         ([1, 0, 1], 64, torch.float32, {"grouped_mm"}),
         ([4, 2, 8], 320, torch.float32, {"grouped_mm"}),
-        ([4, 9, 32], 320, torch.float32, {"mm", "flipped"}),
-        ([33, 1], 320, torch.float32, {"mm", "mv"}),
+        ([4, 16, 48], 1024, torch.float32, {"mm", "flipped"}),
+        ([4, 16, 48], 1023, torch.float32, {"mm"}),
+        ([4, 8, 16], 1024, torch.float32, {"grouped_mm"}),
+        ([65, 1], 320, torch.float32, {"mm", "mv"}),
         ([1, 1], 64, torch.bfloat16, {"mv"}),
         ([2, 6, 7], 64, torch.bfloat16, {"flipped", "mm"}),
         ([70, 2], 64, torch.bfloat16, {"flipped", "mm"}),
@@ -66,10 +68,19 @@ def test_the_form_follows_the_rows(
     assert_close("grouped_mm", seen, torch.cat([piece @ matrix.t() for piece, matrix in pairs]))
 
 
+def test_a_big_float32_matrix_is_flipped_from_fewer_rows(forms: set[str]):
+    sizes = [9, 10]
+    rows, weight = make(sizes, 1024, cpu.FLIP_BIG_FLOAT32 // 1024, torch.float32)
+    seen = cpu.mm_rows(rows, weight, cpu.expert_runs(ends_of(sizes)))
+    assert forms == {"flipped"}
+    exact = [p @ w.t() for p, w in zip(rows.double().split(sizes), weight.double(), strict=True)]
+    assert_close("grouped_mm", seen, torch.cat(exact))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_transposed_weight_is_never_flipped(dtype: torch.dtype, forms: set[str]):
-    sizes = [20, 10]
-    rows, weight = make(sizes, 320, 64, dtype)
+    sizes = [20, 16]
+    rows, weight = make(sizes, 1024, 64, dtype)
     stored = weight.transpose(1, 2).contiguous().transpose(1, 2)
     seen = cpu.mm_rows(rows, stored, cpu.expert_runs(ends_of(sizes)))
     assert forms == {"grouped_mm"}
