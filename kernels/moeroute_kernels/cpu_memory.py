@@ -6,9 +6,8 @@ every block of 32 MiB and more back as soon as it is freed. A backward pass over
 would spend most of its time in page faults. Two remedies:
 
 - Where most experts got rows, the block comes from a pool, and goes back when the gradient dies.
-  Waiting blocks that glibc would have given back are marked MADV_FREE: the kernel may take their
-  pages when it needs memory. With huge pages the mark costs nothing; with small ones it makes the
-  next write cost 0.20 ms per MiB.
+  Waiting blocks are marked MADV_FREE: the kernel may take their pages when it needs memory. With
+  huge pages the mark costs nothing; with small ones it makes the next write cost 0.20 ms per MiB.
 - Where most experts are idle, their part is zero. A fresh private map is zero as it comes, and only
   the pages that are written exist.
 """
@@ -25,10 +24,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MAP_BYTES = 4 * 2**20
-"""Size from which on a gradient is mapped here; smaller ones come from torch's allocator."""
-GIVEN_BACK_BYTES = 32 * 2**20
-"""Size from which on glibc gives freed memory back at once; it keeps smaller blocks as they are."""
+MAP_BYTES = 32 * 2**20
+"""Size from which on a gradient is mapped here; smaller blocks are kept by glibc already."""
 IDLE_FRACTION = 0.7
 """Part of a gradient that must stay zero for a fresh map to be worth its page faults."""
 
@@ -56,8 +53,7 @@ class Pool:
         return view
 
     def _put(self, block: mmap.mmap) -> None:
-        if len(block) >= GIVEN_BACK_BYTES:
-            _advise(block, mmap.MADV_FREE)
+        _advise(block, mmap.MADV_FREE)
         self._free.setdefault(len(block), []).append(block)
 
     def free_bytes(self) -> int:
