@@ -120,7 +120,7 @@ def parse(description: str) -> argparse.Namespace:
     )
     add("--out", type=Path, default=Path("runs/demo"), help="where everything is written")
     add("--quick", action="store_true", help="a few steps of a tiny model, to see that it runs")
-    add("--steps", type=int, help="fine-tuning steps of each arm (256; quick: 4)")
+    add("--steps", type=int, help="fine-tuning steps of each arm (256; quick: 24)")
     add("--batch-size", type=int, help="sequences a step (8; quick: 4)")
     add("--sequence-length", type=int, help="tokens a sequence (128; quick: 64)")
     add("--heldout-rows", type=int, help="held-out sequences of each text (256; quick: 4)")
@@ -129,7 +129,7 @@ def parse(description: str) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of everything (%(default)s)")
     options = parser.parse_args()
     defaults = {
-        "steps": (256, 4),
+        "steps": (256, 24),
         "batch_size": (8, 4),
         "sequence_length": (128, 64),
         "heldout_rows": (256, 4),
