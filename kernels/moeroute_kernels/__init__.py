@@ -13,9 +13,12 @@ from moeroute_kernels.grouped_mm import grouped_mm
 from moeroute_kernels.reference import SortedSlots
 from moeroute_kernels.routed_mlp import routed_mlp
 
+from moeroute_kernels import cuda  # isort: skip  # registers the kernels of CUDA devices
+
 __all__ = [
     "SortedSlots",
     "combine",
+    "cuda",
     "expert_sort",
     "gated_lora",
     "grouped_mm",

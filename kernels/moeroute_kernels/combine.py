@@ -17,8 +17,7 @@ _BACKWARD_SCHEMA = (
 )
 
 
-@torch.library.custom_op("moeroute::combine", mutates_args=(), schema=_SCHEMA)
-def combine_op(
+def plain_combine(
     rows: Tensor, routing_weights: Tensor, inverse: Tensor, expert_offsets: Tensor
 ) -> Tensor:
     """The default kernel: any device, plain torch."""
@@ -28,13 +27,17 @@ def combine_op(
     return sum_slots(summands, inverse, routing_weights.shape[0], scale).to(rows.dtype)
 
 
+combine_op = torch.library.custom_op(
+    "moeroute::combine", plain_combine, mutates_args=(), schema=_SCHEMA
+)
+
+
 @combine_op.register_fake
 def _(rows: Tensor, routing_weights: Tensor, inverse: Tensor, expert_offsets: Tensor) -> Tensor:
     return rows.new_empty((routing_weights.shape[0], rows.shape[1]))
 
 
-@torch.library.custom_op("moeroute::combine_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
-def combine_backward_op(
+def plain_combine_backward(
     gradient: Tensor,
     rows: Tensor,
     routing_weights: Tensor,
@@ -60,6 +63,11 @@ def combine_backward_op(
     if needs[1]:
         results.append(to_slots(dots, slot, routing_weights))
     return results
+
+
+combine_backward_op = torch.library.custom_op(
+    "moeroute::combine_backward", plain_combine_backward, mutates_args=(), schema=_BACKWARD_SCHEMA
+)
 
 
 @combine_backward_op.register_fake

@@ -13,6 +13,7 @@ Axes: T tokens, K slots per token, N = T * K rows, E experts, R rank of one expe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def _without_autocast(
         out = lora_dense.forward_if_filled(*inputs, _compute_dtype(lora_a))
         if out is not None:
             return out
-    return _Direct.apply(*inputs) if torch.is_grad_enabled() else _forward(*inputs)[0]
+    return _Direct.apply(*inputs) if torch.is_grad_enabled() else plain_forward(*inputs)[0]
 
 
 def _runs_directly(tensor: Tensor) -> bool:
@@ -110,7 +111,7 @@ def _compute_dtype(lora_a: Tensor) -> torch.dtype:
     return torch.float32 if slow_half else lora_a.dtype
 
 
-def _forward(
+def plain_forward(
     base: Tensor,
     x: Tensor,
     lora_a: Tensor,
@@ -119,9 +120,14 @@ def _forward(
     weights: Tensor,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    form = lora_dense if runs_dense(lora_a, ids) else lora_sorted
+    """The default kernel: the answer, and what backward needs."""
     inputs = (base, x, lora_a, lora_b, ids, weights, scaling, _compute_dtype(lora_a))
-    return form.forward(*inputs)
+    return form_of(lora_a, ids).forward(*inputs)
+
+
+def form_of(lora_a: Tensor, ids: Tensor) -> ModuleType:
+    """The module that computes the form which `runs_dense` chooses, in plain torch."""
+    return lora_dense if runs_dense(lora_a, ids) else lora_sorted
 
 
 def _forward_fake(
@@ -146,6 +152,7 @@ def _forward_fake(
 
 
 def _gradients(
+    form: ModuleType,
     grad: Tensor,
     x: Tensor,
     middle: Tensor,
@@ -157,7 +164,6 @@ def _gradients(
     scaling: float,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    form = lora_dense if runs_dense(lora_a, ids) else lora_sorted
     inputs = (grad, x, middle, plan, lora_a, lora_b, ids, weights, scaling, needs)
     # Backward may be called under autocast although forward was not.
     with torch.autocast(x.device.type, enabled=False):
@@ -168,21 +174,23 @@ def _gradients(
     ]
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    middle: Tensor,
-    plan: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    scaling: float,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = _gradients(grad, x, middle, plan, lora_a, lora_b, ids, weights, scaling, needs)
+def backward_in(form: ModuleType, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the backward of a form; what is not wanted comes back empty, as an op must answer.
+
+    Args:
+        form: A module with a `backward` such as that of `lora_dense`.
+        inputs: Those of the op "moeroute::gated_lora_backward".
+    """
+    grads = _gradients(form, *inputs)
+    x = inputs[1]
     grad_x, grad_a, grad_b, grad_weights = (x.new_empty(0) if g is None else g for g in grads)
     return grad_x, grad_a, grad_b, grad_weights
+
+
+def plain_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The default kernel of backward."""
+    lora_a, ids = inputs[4], inputs[6]
+    return backward_in(form_of(lora_a, ids), *inputs)
 
 
 def _backward_fake(
@@ -234,7 +242,7 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     x, middle, plan, lora_a, lora_b, ids, weights = ctx.saved_tensors
     inputs = (grad, x, middle, plan, lora_a, lora_b, ids, weights, ctx.scaling, needs)
     if _runs_directly(grad):
-        grads = _gradients(*inputs)
+        grads = _gradients(form_of(lora_a, ids), *inputs)
     else:
         found = torch.ops.moeroute.gated_lora_backward.default(*inputs)
         grads = [own if need else None for own, need in zip(found, needs, strict=True)]
@@ -247,7 +255,7 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         """Run the op's kernel. The form with a setup_context of its own costs 0.07 ms more."""
-        output = _forward(*inputs)
+        output = plain_forward(*inputs)
         _keep(ctx, inputs, output)
         return output[0]
 
@@ -266,8 +274,8 @@ torch.library.define(
     f"(Tensor grad, Tensor x, Tensor middle, Tensor plan, {_INPUTS}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
-torch.library.impl("moeroute::gated_lora", "default", _forward)
-torch.library.impl("moeroute::gated_lora_backward", "default", _backward)
+torch.library.impl("moeroute::gated_lora", "default", plain_forward)
+torch.library.impl("moeroute::gated_lora_backward", "default", plain_backward)
 torch.library.register_fake("moeroute::gated_lora", _forward_fake)
 torch.library.register_fake("moeroute::gated_lora_backward", _backward_fake)
 torch.library.register_autograd("moeroute::gated_lora", _autograd, setup_context=_setup_context)

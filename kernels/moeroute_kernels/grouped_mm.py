@@ -25,8 +25,9 @@ _BACKWARD_SCHEMA = (
 )
 
 
-@torch.library.custom_op("moeroute::grouped_mm", mutates_args=(), schema=_SCHEMA)
-def grouped_mm_op(x: Tensor, weight: Tensor, expert_offsets: Tensor, bias: Tensor | None) -> Tensor:
+def plain_grouped_mm(
+    x: Tensor, weight: Tensor, expert_offsets: Tensor, bias: Tensor | None
+) -> Tensor:
     """The default kernel: any device, one product per expert that has rows."""
     runs = expert_runs(expert_offsets)
     compute = compute_dtype(x)
@@ -36,13 +37,17 @@ def grouped_mm_op(x: Tensor, weight: Tensor, expert_offsets: Tensor, bias: Tenso
     return out.to(x.dtype)
 
 
+grouped_mm_op = torch.library.custom_op(
+    "moeroute::grouped_mm", plain_grouped_mm, mutates_args=(), schema=_SCHEMA
+)
+
+
 @grouped_mm_op.register_fake
 def _(x: Tensor, weight: Tensor, expert_offsets: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[1]))
 
 
-@torch.library.custom_op("moeroute::grouped_mm_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
-def grouped_mm_backward_op(
+def plain_grouped_mm_backward(
     gradient: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -63,6 +68,14 @@ def grouped_mm_backward_op(
     if needs[2] and bias is not None:
         results.append(sum_rows(gradient, runs, bias))
     return results
+
+
+grouped_mm_backward_op = torch.library.custom_op(
+    "moeroute::grouped_mm_backward",
+    plain_grouped_mm_backward,
+    mutates_args=(),
+    schema=_BACKWARD_SCHEMA,
+)
 
 
 @grouped_mm_backward_op.register_fake

@@ -36,8 +36,7 @@ _BACKWARD_SCHEMA = (
 )
 
 
-@torch.library.custom_op("moeroute::routed_mlp", mutates_args=(), schema=_SCHEMA)
-def routed_mlp_op(
+def plain_routed_mlp(
     x: Tensor,
     gate_up: Tensor,
     down: Tensor,
@@ -60,10 +59,15 @@ def routed_mlp_op(
         out, saved = cpu_routed_mlp.forward(x, weights, selected_experts, routing_weights, form)
         if keep:
             return out, saved.pre, saved.order, saved.expert_offsets
-    return out, *_saved_storage(x, gate_up, 0, 0)
+    return out, *saved_storage(x, gate_up, 0, 0)
 
 
-def _saved_storage(
+routed_mlp_op = torch.library.custom_op(
+    "moeroute::routed_mlp", plain_routed_mlp, mutates_args=(), schema=_SCHEMA
+)
+
+
+def saved_storage(
     x: Tensor, gate_up: Tensor, num_rows: int, num_groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Storage for the pre-activation, the order of the rows and the experts' ends."""
@@ -91,11 +95,10 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = x.new_empty((x.shape[0], down.shape[1]))
     num_rows, num_experts = (selected_experts.numel(), gate_up.shape[0]) if keep else (0, 0)
-    return out, *_saved_storage(x, gate_up, num_rows, num_experts)
+    return out, *saved_storage(x, gate_up, num_rows, num_experts)
 
 
-@torch.library.custom_op("moeroute::routed_mlp_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
-def routed_mlp_backward_op(
+def plain_routed_mlp_backward(
     gradient: Tensor,
     x: Tensor,
     gate_up: Tensor,
@@ -119,6 +122,14 @@ def routed_mlp_backward_op(
     return cpu_routed_mlp_backward.backward(
         gradient, x, weights, routing_weights, saved, form, Needs(*needs)
     )
+
+
+routed_mlp_backward_op = torch.library.custom_op(
+    "moeroute::routed_mlp_backward",
+    plain_routed_mlp_backward,
+    mutates_args=(),
+    schema=_BACKWARD_SCHEMA,
+)
 
 
 @routed_mlp_backward_op.register_fake

@@ -1,0 +1,125 @@
+"""The routed MLP on the device: two products forward, four backward, nothing gathered into memory.
+
+The same sums as `moeroute_kernels.cpu_routed_mlp`, and the same tensors kept for backward.
+
+Axes: T tokens, K slots per token, N = T * K rows, E experts, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moeroute_kernels._triton.combine import combine
+from moeroute_kernels._triton.form import device_form
+from moeroute_kernels._triton.mlp_inner import mlp_inner
+from moeroute_kernels._triton.mlp_up import mlp_up
+from moeroute_kernels._triton.product import mm_rows, tiles_for
+from moeroute_kernels._triton.sort import sort_slots
+from moeroute_kernels._triton.weights import mm_weights, sum_rows
+from moeroute_kernels.cpu_routed_mlp import Form, Saved, Weights
+from moeroute_kernels.cpu_routed_mlp_backward import Needs
+from moeroute_kernels.expert_sort import invert
+from moeroute_kernels.grouped_mm import empty_weight
+
+
+def row_major(tensor: Tensor) -> Tensor:
+    """The matrix with a last stride of 1; copied only if it has another."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def row_major_or_none(tensor: Tensor | None) -> Tensor | None:
+    """Do as `row_major`; None stays None."""
+    return None if tensor is None else row_major(tensor)
+
+
+def forward(
+    x: Tensor,
+    weights: Weights,
+    ids: Tensor,
+    routing_weights: Tensor,
+    form: Form,
+    *,
+    keep: bool,
+) -> tuple[Tensor, Saved]:
+    """Compute the MLP; see `moeroute_kernels.cpu_routed_mlp.forward`.
+
+    Args:
+        x: (T, H).
+        weights: The experts.
+        ids: (T, K).
+        routing_weights: (T, K).
+        form: The kind of MLP.
+        keep: Keep the pre-activation for backward.
+
+    Returns:
+        (T, H) in the dtype of x, and what `backward` needs.
+    """
+    order, inverse, ends = sort_slots(ids, weights.gate_up.shape[0])
+    num_rows = order.shape[0]
+    tiles = tiles_for(ends, num_rows, x.dtype)
+    scale = routing_weights.contiguous()
+    bias = row_major_or_none(weights.gate_up_bias)
+    up_form = device_form(form)
+    pre, activated = mlp_up(
+        row_major(x), weights.gate_up, bias, scale, order, tiles, up_form, keep=keep
+    )
+    bias = row_major_or_none(weights.down_bias)
+    rows = mm_rows(
+        activated,
+        weights.down,
+        tiles,
+        num_rows=num_rows,
+        bias=bias,
+        scale=None if bias is None else scale,
+        order=order,
+    )
+    return combine(rows, inverse, ends, x.shape[0]), Saved(pre, order, ends)
+
+
+def backward(
+    gradient: Tensor,
+    x: Tensor,
+    weights: Weights,
+    routing_weights: Tensor,
+    saved: Saved,
+    form: Form,
+    needs: Needs,
+) -> list[Tensor]:
+    """Compute the wanted gradients; see `moeroute_kernels.cpu_routed_mlp_backward.backward`."""
+    order, ends = saved.order, saved.expert_offsets
+    num_rows, slots = order.shape[0], routing_weights.shape[1]
+    x, gradient, scale = row_major(x), row_major(gradient), routing_weights.contiguous()
+    tiles = tiles_for(ends, num_rows, x.dtype)
+    wants = (needs.down, needs.pre, needs.routing_weights)
+    activated, dpre, dots = mlp_inner(
+        gradient,
+        weights.down,
+        row_major_or_none(weights.down_bias),
+        scale,
+        saved.pre,
+        order,
+        tiles,
+        device_form(form),
+        wants,
+    )
+    results = []
+    if needs.x:
+        rows = mm_rows(dpre, weights.gate_up.transpose(1, 2), tiles, num_rows=num_rows)
+        results.append(combine(rows, invert(order), ends, x.shape[0]))
+    if needs.gate_up:
+        out = empty_weight(weights.gate_up)
+        results.append(mm_weights(dpre, x, ends, out, index=order, slots=slots, gather="right"))
+    if needs.down:
+        out = empty_weight(weights.down)
+        results.append(
+            mm_weights(gradient, activated, ends, out, index=order, slots=slots, gather="left")
+        )
+    if needs.routing_weights:
+        results.append(dots.to(routing_weights.dtype))
+    if needs.gate_up_bias and weights.gate_up_bias is not None:
+        results.append(sum_rows(dpre, ends, weights.gate_up_bias))
+    if needs.down_bias and weights.down_bias is not None:
+        results.append(
+            sum_rows(gradient, ends, weights.down_bias, index=order, slots=slots, scale=scale)
+        )
+    return results

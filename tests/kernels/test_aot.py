@@ -1,0 +1,42 @@
+"""Every shipped kernel compiles for a GPU that is not there, and fits it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels are written in Triton")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What `python -m benchmarks.aot` found, in a process without the interpreter."""
+    out = tmp_path_factory.mktemp("aot") / "aot.json"
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "benchmarks.aot", "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_half_precision_products_use_the_tensor_cores_of_hopper(compiled: list[dict[str, Any]]):
+    half = [row for row in compiled if row["has_product"] and not row["case"].endswith("fp32")]
+    assert {row["kernel"] for row in half} == {
+        "mlp_up_kernel",
+        "mlp_inner_kernel",
+        "mm_rows_kernel",
+        "mm_weights_kernel",
+    }
+    assert not [row for row in half if row["tensor_cores"] != "wgmma"]
+
+
+@pytest.mark.slow
+def test_nothing_spills_and_all_of_it_fits(compiled: list[dict[str, Any]]):
+    assert not [row for row in compiled if row["spilled"]]
+    assert max(row["shared"] for row in compiled) <= 232_448

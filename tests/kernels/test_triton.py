@@ -1,0 +1,233 @@
+"""The Triton kernels equal the definition: in Triton's interpreter, or on a GPU where there is one.
+
+The ops' own kernels on this device are replaced, so that dispatch, autograd and the comparison are
+those of the other tests of the ops.
+"""
+
+import importlib
+import mmap
+from collections.abc import Callable, Iterator
+
+import pytest
+import routed_cases
+import torch
+from routed_cases import CASES, Case
+from tolerances import relative_error, tolerance
+from torch import Tensor
+
+from moeroute_kernels import (
+    combine,
+    cuda,
+    expert_sort,
+    grouped_mm,
+    reference,
+    reference_lora,
+    routed_mlp,
+)
+from moeroute_kernels.activations import ACTIVATIONS
+
+lora_module = importlib.import_module("moeroute_kernels.gated_lora")
+pytest.importorskip("triton", reason="the kernels are written in Triton")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+REPEATS = 20
+BASE = Case(29, 2, 5, 40, 24)
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the ops run their Triton kernels on CPU tensors."""
+    monkeypatch.setattr(lora_module, "_runs_directly", lambda tensor: False)
+    with torch.library._scoped_library("moeroute", "IMPL") as library:
+        for name, kernel in cuda.KERNELS.items():
+            library.impl(name, kernel, "CPU")
+        yield
+
+
+def close(op: str, seen: Tensor, expected: Tensor, what: str, dtype: torch.dtype) -> None:
+    """Compare; the interpreter cuts bfloat16 off where a device rounds, and errs thrice as far."""
+    cut = 3.0 if dtype == torch.bfloat16 and not torch.cuda.is_available() else 1.0
+    # float16 is rounded between products here, on a CPU it is not: three bits more than bfloat16
+    share = 1 / 8 if dtype == torch.float16 else 1.0
+    allowed = tolerance(op, torch.bfloat16 if dtype == torch.float16 else dtype) * cut * share
+    assert seen.shape == expected.shape
+    assert torch.isfinite(seen).all(), f"{op}: {what} is not finite"
+    error = relative_error(seen, expected)
+    assert error <= allowed, f"{op}: {what} is off by {error:.2e}, allowed {allowed:.0e}"
+
+
+def check(case: Case) -> None:
+    for name, (seen, expected) in routed_cases.both_sides(case).items():
+        op = "routing weights" if name == "weights" else "routed_mlp"
+        close(op, seen, expected, name, case.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_routed_mlp(name: str, dtype: torch.dtype):
+    check(CASES[name].but(dtype=dtype))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation: str):
+    check(BASE.but(activation=activation, limit=1.0))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rows", ["few", "some", "many"])
+def test_every_layout(bias: bool, transposed: bool, interleaved: bool, rows: str):
+    tokens = {"few": 12, "some": 60, "many": 150}[rows]
+    check(
+        Case(
+            tokens,
+            2,
+            2,
+            72,
+            40,
+            routed_cases.with_empty_slots,
+            "gpt_oss_glu",
+            bias=bias,
+            transposed=transposed,
+            interleaved=interleaved,
+        )
+    )
+
+
+def test_float64_runs_as_plain_torch():
+    check(BASE.but(dtype=torch.float64))
+
+
+def compare(op: str, seen: Tensor, expected: Tensor, new: list[Tensor], old: list[Tensor]) -> None:
+    """Compare the output and, under one gradient, the gradients of `new` and `old`."""
+    close(op, seen, expected, "output", seen.dtype)
+    gradient = torch.randn(seen.shape).to(seen.dtype)
+    found = torch.autograd.grad(seen, new, gradient)
+    exact = torch.autograd.grad(expected, old, gradient.to(expected.dtype))
+    for number, (a, b) in enumerate(zip(found, exact, strict=True)):
+        assert a.dtype == new[number].dtype
+        close(op, a, b, f"gradient {number}", seen.dtype)
+
+
+def exactly(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.detach().double().requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("routing", [routed_cases.with_empty_slots, routed_cases.crowded])
+@pytest.mark.parametrize(
+    ("tokens", "slots", "experts"),
+    [(50, 3, 7), (1, 1, 1), (0, 2, 4), (3, 2, 300), (520, 2, 9)],
+)
+def test_expert_sort(routing: routed_cases.Routing, tokens: int, slots: int, experts: int):
+    ids = routing(tokens, slots, experts)
+    for layout in (ids, ids.int(), ids.t().contiguous().t()):
+        expected = reference.expert_sort(layout, experts)
+        for a, b in zip(expert_sort(layout, experts), expected, strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "tail", "width", "out"),
+    [
+        ([3, 5, 1, 7, 2, 9, 4], 6, 97, 47),
+        ([0, 4, 0, 0, 30, 0], 3, 32, 24),
+        ([0, 0, 0], 5, 16, 8),
+        ([0, 0], 0, 16, 8),
+        ([130, 70], 1, 64, 136),
+    ],
+)
+def test_grouped_mm(
+    sizes: list[int], tail: int, width: int, out: int, transposed: bool, dtype: torch.dtype
+):
+    weight = torch.randn(len(sizes), out, width) * width**-0.5
+    stored = weight.transpose(1, 2).contiguous() if transposed else weight
+    given = [torch.randn(sum(sizes) + tail, width), stored, torch.randn(len(sizes), out)]
+    new = [tensor.to(dtype).requires_grad_() for tensor in given]
+    old = exactly(new)
+    ends = torch.tensor(sizes).cumsum(0).int()
+
+    def call(op: Callable[..., Tensor], tensors: list[Tensor]) -> Tensor:
+        x, stack, bias = tensors
+        return op(x, stack.transpose(1, 2) if transposed else stack, ends, bias)
+
+    seen = call(grouped_mm, new)
+    compare("grouped_mm", seen, call(reference.grouped_mm, old), new, old)
+    assert not seen[sum(sizes) :].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(20, 3, 6, 32), (7, 2, 5, 47), (1, 4, 4, 300), (0, 2, 3, 8)], ids=str
+)
+def test_combine(shape: tuple[int, int, int, int], dtype: torch.dtype):
+    tokens, slots, experts, width = shape
+    ids = routed_cases.with_empty_slots(tokens, slots, experts)
+    plan = reference.expert_sort(ids, experts)
+    new = [torch.randn(tokens * slots, width).to(dtype), torch.rand(tokens, slots)]
+    new = [tensor.requires_grad_() for tensor in new]
+    old = exactly(new)
+    place = (plan.inverse, plan.expert_offsets)
+    seen, expected = combine(*new, *place), reference.combine(*old, *place)
+    compare("combine", seen, expected, new, old)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(37, 29, 19, 5, 3, 2), (9, 31, 17, 3, 5, 3), (0, 6, 7, 3, 4, 2), (1, 6, 7, 3, 4, 2)]
+)
+def test_gated_lora(
+    shape: tuple[int, ...], dtype: torch.dtype, dense: bool, monkeypatch: pytest.MonkeyPatch
+):
+    for module in (lora_module, cuda):
+        monkeypatch.setattr(module, "runs_dense", lambda lora_a, selected_experts: dense)
+    tokens, width, out, experts, rank, slots = shape
+    lora_a = torch.randn(experts, rank, width) * width**-0.5
+    lora_b = torch.randn(out, experts, rank) * rank**-0.5
+    new = [torch.randn(tokens, out), torch.randn(tokens, width), lora_a, lora_b]
+    new = [*(tensor.to(dtype) for tensor in new), torch.rand(tokens, slots)]
+    new = [tensor.requires_grad_() for tensor in new]
+    old = exactly(new)
+    ids = routed_cases.with_empty_slots(tokens, slots, experts)
+
+    def call(op: Callable[..., Tensor], tensors: list[Tensor]) -> Tensor:
+        *others, weights = tensors
+        return op(*others, ids, weights, 1.5)
+
+    seen, expected = call(lora_module.gated_lora, new), call(reference_lora.gated_lora, old)
+    compare("gated_lora", seen, expected, new, old)
+
+
+def test_repeats_are_equal_to_the_bit():
+    case = Case(9, 3, 4, 24, 16, routed_cases.with_empty_slots, bias=True)
+    inputs = routed_cases.make(case)
+    tensors = list(inputs.differentiable.values())
+    gradient = torch.randn(case.tokens, case.hidden)
+    first: list[Tensor] | None = None
+    for _ in range(REPEATS):
+        out = inputs.call(routed_mlp)
+        seen = [out.detach(), *torch.autograd.grad(out, tensors, gradient)]
+        first = first or seen
+        assert all(torch.equal(a, b) for a, b in zip(first, seen, strict=True))
+
+
+def test_offsets_beyond_31_bits():
+    """The last expert's matrix lies more than 2**31 elements behind the first one's."""
+    experts, out, width = 3, 8, 16
+    gap = 2**30 + 64
+    pages = mmap.mmap(-1, (experts - 1) * gap * 2 + out * width * 2)
+    flat = torch.frombuffer(pages, dtype=torch.float16)
+    weight = torch.as_strided(flat, (experts, out, width), (gap, width, 1))
+    weight.copy_(torch.randn(experts, out, width))
+    x = torch.randn(6, width).half()
+    ends = torch.tensor([2, 3, 6], dtype=torch.int32)
+    close(
+        "grouped_mm",
+        grouped_mm(x, weight, ends),
+        reference.grouped_mm(x, weight, ends),
+        "output",
+        torch.float16,
+    )
