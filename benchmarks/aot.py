@@ -18,6 +18,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,6 +32,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.shapes import (
+    COMPILED_RANK,
+    COMPILED_SHAPE,
+    COMPILED_SLOTS,
+    COMPILED_TOKENS,
+    DTYPES,
+    EXPERT_SHAPES,
+    WARP_THREADS,
+)
 from moeroute_kernels._triton import grouped_mm, lora, routed_mlp, sort
 from moeroute_kernels.cpu_routed_mlp import Form, Weights
 from moeroute_kernels.cpu_routed_mlp_backward import Needs
@@ -37,11 +48,8 @@ from moeroute_kernels.cpu_routed_mlp_backward import Needs
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes that one program may have, by architecture."""
 WIDTH = 150
-NUM_EXPERTS = 8
-HIDDEN = 256
-INNER = 128
-ROWS = {"few": 64, "some": 512, "many": 2048}
-"""Rows of all experts together, one number for each class of `config.rows_class`."""
+SHAPE = EXPERT_SHAPES[COMPILED_SHAPE]
+NUM_EXPERTS, HIDDEN, INNER = SHAPE.num_experts, SHAPE.hidden_size, SHAPE.intermediate_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +81,7 @@ class AbsentDevice:
     """As much of a Triton driver as the compiler asks for."""
 
     def __init__(self, arch: int) -> None:
-        self._target = GPUTarget("cuda", arch, 32)
+        self._target = GPUTarget("cuda", arch, WARP_THREADS)
 
     def get_current_target(self) -> GPUTarget:
         """The device to compile for."""
@@ -109,25 +117,25 @@ def compiling(arch: int) -> Iterator[dict[str, Any]]:
         yield found
 
 
-def run_routed_mlp(num_rows: int, dtype: torch.dtype, form: Form, *, bias: bool) -> None:
+def run_routed_mlp(tokens: int, dtype: torch.dtype, form: Form, *, bias: bool) -> None:
     """Forward with and without what backward needs, and backward with every gradient."""
     width = INNER if form.activation == "relu2" else 2 * INNER
-    x = torch.zeros(num_rows // 2, HIDDEN, dtype=dtype)
+    x = torch.zeros(tokens, HIDDEN, dtype=dtype)
     gate_up = torch.zeros(NUM_EXPERTS, width, HIDDEN, dtype=dtype)
     down = torch.zeros(NUM_EXPERTS, HIDDEN, INNER, dtype=dtype)
     biases = (gate_up[:, :, 0].contiguous(), down[:, :, 0].contiguous()) if bias else (None, None)
     weights = Weights(gate_up, down, *biases)
-    ids = torch.zeros(num_rows // 2, 2, dtype=torch.int64)
-    scale = torch.zeros(num_rows // 2, 2)
+    ids = torch.zeros(tokens, SHAPE.top_k, dtype=torch.int64)
+    scale = torch.zeros(tokens, SHAPE.top_k)
     routed_mlp.forward(x, weights, ids, scale, form, keep=False)
     _, saved = routed_mlp.forward(x, weights, ids, scale, form, keep=True)
     needs = Needs(True, True, True, True, bias, bias)
     routed_mlp.backward(x, x, weights, scale, saved, form, needs)
 
 
-def run_grouped_mm(num_rows: int, dtype: torch.dtype, *, transposed: bool) -> None:
+def run_grouped_mm(tokens: int, dtype: torch.dtype, *, transposed: bool) -> None:
     """Forward and backward with a bias."""
-    x = torch.zeros(num_rows, HIDDEN, dtype=dtype)
+    x = torch.zeros(tokens * SHAPE.top_k, HIDDEN, dtype=dtype)
     weight = torch.zeros(NUM_EXPERTS, HIDDEN, HIDDEN, dtype=dtype)
     weight = weight.transpose(1, 2) if transposed else weight
     ends = torch.zeros(NUM_EXPERTS, dtype=torch.int32)
@@ -136,48 +144,39 @@ def run_grouped_mm(num_rows: int, dtype: torch.dtype, *, transposed: bool) -> No
     grouped_mm.backward(x, x, weight, ends, bias, [True, True, True])
 
 
-def run_lora(num_rows: int, dtype: torch.dtype) -> None:
+def run_lora(tokens: int, dtype: torch.dtype) -> None:
     """The sorted form of a mixture of LoRA, forward and backward."""
-    tokens, rank = num_rows // 2, 16
+    rank = COMPILED_RANK
     x = torch.zeros(tokens, HIDDEN, dtype=dtype)
     lora_a = torch.zeros(NUM_EXPERTS, rank, HIDDEN, dtype=dtype)
     lora_b = torch.zeros(HIDDEN, NUM_EXPERTS, rank, dtype=dtype)
-    ids = torch.zeros(tokens, 2, dtype=torch.int64)
-    scale = torch.zeros(tokens, 2)
+    ids = torch.zeros(tokens, SHAPE.top_k, dtype=torch.int64)
+    scale = torch.zeros(tokens, SHAPE.top_k)
     inputs = (x, x, lora_a, lora_b, ids, scale, 2.0, dtype)
     _, middle, order = lora.forward(*inputs)
     needs = [True, True, True, True]
     lora.backward(x, x, middle, order, lora_a, lora_b, ids, scale, 2.0, needs)
 
 
-def cases() -> Iterator[tuple[str, Callable[[], None]]]:
+def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Every kind of launch, by name."""
     forms = {
         "silu_glu": (Form("silu_glu", False, 1.702, float("inf")), False),
         "gpt_oss_glu interleaved bias": (Form("gpt_oss_glu", True, 1.702, 7.0), True),
         "relu2": (Form("relu2", False, 1.702, float("inf")), False),
     }
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    for kind, rows in ROWS.items():
-        for word, dtype in dtypes.items():
-            for name, (form, bias) in forms.items():
-                yield (
-                    f"routed_mlp {name}, {kind} rows, {word}",
-                    lambda r=rows, d=dtype, f=form, b=bias: run_routed_mlp(r, d, f, bias=b),
-                )
-            for transposed in (False, True):
-                layout = "transposed" if transposed else "plain"
-                yield (
-                    f"grouped_mm {layout}, {kind} rows, {word}",
-                    lambda r=rows, d=dtype, t=transposed: run_grouped_mm(r, d, transposed=t),
-                )
-            yield (
-                f"gated_lora, {kind} rows, {word}",
-                lambda r=rows, d=dtype: run_lora(r, d),
-            )
-    for slots in (8, 512, 4096):
-        ids = torch.zeros(slots // 2, 2, dtype=torch.int64)
-        yield f"expert_sort, {slots} slots", lambda i=ids: (sort.sort_slots(i, 128), None)[1]
+    dtypes = {**DTYPES, "fp16": torch.float16}
+    for (kind, tokens), (word, dtype) in product(COMPILED_TOKENS.items(), dtypes.items()):
+        for name, (form, bias) in forms.items():
+            launch = partial(run_routed_mlp, tokens, dtype, form, bias=bias)
+            yield f"routed_mlp {name}, {kind} rows, {word}", launch
+        for layout in ("plain", "transposed"):
+            launch = partial(run_grouped_mm, tokens, dtype, transposed=layout == "transposed")
+            yield f"grouped_mm {layout}, {kind} rows, {word}", launch
+        yield f"gated_lora, {kind} rows, {word}", partial(run_lora, tokens, dtype)
+    for tokens in COMPILED_SLOTS:
+        ids = torch.zeros(tokens, SHAPE.top_k, dtype=torch.int64)
+        yield f"expert_sort, {ids.numel()} slots", partial(sort.sort_slots, ids, NUM_EXPERTS)
 
 
 def compile_all(arch: int) -> list[Compiled]:

@@ -63,6 +63,8 @@ _EXPERT_SHAPES = (
     ExpertShape("d2048n768k8", 2048, 768, 16, 8),
     # For a second's trial of the benchmark itself.
     ExpertShape("tiny", 32, 16, 4, 2),
+    # Whose kernels are compiled ahead of time; every size is a multiple of a tile's.
+    ExpertShape("compiled", 256, 128, 8, 2),
     # Released models, one layer: for a GPU.
     ExpertShape("mixtral-8x7b", 4096, 14336, 8, 2),
     ExpertShape("qwen3-30b-a3b", 2048, 768, 128, 8),
@@ -87,6 +89,15 @@ MEMORY_SHAPE = "d2048n768k8"
 CPU_TOKENS = (1, 16, 128, 1024)
 MEMORY_TOKENS = (1024,)
 GPU_TOKENS = (1, 2, 4, 8, 16, 64, 128, 512, 2048, 8192, 32768)
+
+COMPILED_SHAPE = "compiled"
+COMPILED_TOKENS: Mapping[str, int] = MappingProxyType({"few": 32, "some": 256, "many": 1024})
+"""Tokens of the layer that is compiled ahead of time, by class of rows per expert."""
+COMPILED_RANK = 16
+WARP_THREADS = 32
+"""Of every CUDA device; the compiler wants to be told."""
+COMPILED_SLOTS = (4, 256, 2048)
+"""Tokens that are sorted: one for each kind of sort."""
 
 LORA_SHAPES: Mapping[str, LoRAShape] = MappingProxyType(
     {shape.name: shape for shape in LORA_SHAPE_LIST}

@@ -65,22 +65,22 @@ POINTWISE_ROWS = 16
 POINTWISE_COLUMNS = 128
 
 
-def rows_class(num_rows: int, num_experts: int) -> str:
+def rows_class(num_rows: int, num_groups: int) -> str:
     """How many rows an expert has on average: "few", "some" or "many"."""
-    mean = triton.cdiv(num_rows, num_experts)
+    mean = triton.cdiv(num_rows, num_groups)
     if mean <= FEW_ROWS:
         return "few"
     return "some" if mean <= SOME_ROWS else "many"
 
 
-def row_tiles(num_rows: int, num_experts: int, dtype: torch.dtype) -> Tiles:
+def row_tiles(num_rows: int, num_groups: int, dtype: torch.dtype) -> Tiles:
     """Tiles of a product of rows with a weight."""
-    return ROW_TILES[rows_class(num_rows, num_experts), dtype.itemsize]
+    return ROW_TILES[rows_class(num_rows, num_groups), dtype.itemsize]
 
 
-def inner_tiles(num_rows: int, num_experts: int, dtype: torch.dtype, *, interleaved: bool) -> Tiles:
+def inner_tiles(num_rows: int, num_groups: int, dtype: torch.dtype, *, interleaved: bool) -> Tiles:
     """Tiles of the backward kernel in the width of the experts; as many rows as `row_tiles`."""
-    tiles = INNER_TILES[rows_class(num_rows, num_experts), dtype.itemsize]
+    tiles = INNER_TILES[rows_class(num_rows, num_groups), dtype.itemsize]
     # gate and up pass through the registers together; 128 x 2 * 64 of them do not fit
     spilling = interleaved and tiles.rows * tiles.columns > MOST_INTERLEAVED
     return replace(tiles, columns=tiles.columns // 2) if spilling else tiles

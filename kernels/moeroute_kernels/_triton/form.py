@@ -8,9 +8,15 @@ from typing import Any
 from moeroute_kernels.activations import ACTIVATIONS
 from moeroute_kernels.cpu_routed_mlp import Form
 
-POINTWISE = {"silu_glu": "silu", "gelu_glu": "gelu", "gelu_tanh_glu": "gelu_tanh"}
-POINTWISE |= {"relu_glu": "relu", "sigmoid_glu": "sigmoid", "clamped_silu_glu": "silu"}
-POINTWISE |= {"gpt_oss_glu": "swish"}
+POINTWISE = {
+    "silu_glu": "silu",
+    "gelu_glu": "gelu",
+    "gelu_tanh_glu": "gelu_tanh",
+    "relu_glu": "relu",
+    "sigmoid_glu": "sigmoid",
+    "clamped_silu_glu": "silu",
+    "gpt_oss_glu": "swish",
+}
 """The pointwise function of each gated activation; an ungated one has its own name."""
 
 
