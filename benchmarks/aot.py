@@ -65,6 +65,7 @@ class Compiled:
         shared: Bytes of shared memory.
         tensor_cores: "wgmma", "mma" or nothing.
         has_product: Whether it multiplies tiles.
+        tma: Whether it reads a weight through the tensor memory accelerator.
     """
 
     kernel: str
@@ -75,6 +76,7 @@ class Compiled:
     shared: int
     tensor_cores: str
     has_product: bool
+    tma: bool
 
 
 class AbsentDevice:
@@ -202,7 +204,10 @@ def _describe(kernel: Any, case: str) -> Compiled:
     shared = kernel.metadata.shared
     has_product = "tt.dot" in kernel.asm["ttir"]
     name = kernel.metadata.name
-    return Compiled(name, case, constants, registers, spilled, shared, tensor_cores, has_product)
+    tma = "cp.async.bulk.tensor" in ptx
+    return Compiled(
+        name, case, constants, registers, spilled, shared, tensor_cores, has_product, tma
+    )
 
 
 def _assemble(ptx: str) -> tuple[int, int]:
@@ -233,7 +238,7 @@ def table_of(results: list[Compiled], arch: int) -> Table:
     table = Table(title=f"Compiled for sm_{arch}, unmeasured")
     for heading in ("kernel", "first seen in", "tile"):
         table.add_column(heading)
-    for heading in ("registers", "spilled B", "shared B", "tensor cores"):
+    for heading in ("registers", "spilled B", "shared B", "products"):
         table.add_column(heading, justify="right")
     for row in sorted(results, key=lambda row: (not row.has_product, row.kernel, row.case)):
         sizes = ("OUT_TILE", "IN_TILE", "ROWS", "COLUMNS", "INNER")
@@ -246,7 +251,7 @@ def table_of(results: list[Compiled], arch: int) -> Table:
             str(row.registers),
             str(row.spilled),
             f"{row.shared:,}",
-            row.tensor_cores,
+            " ".join(filter(None, (row.tensor_cores, "TMA" if row.tma else ""))),
         )
     return table
 

@@ -37,6 +37,40 @@ def test_half_precision_products_use_the_tensor_cores_of_hopper(compiled: list[d
 
 
 @pytest.mark.slow
+def test_weights_of_half_precision_come_by_tma(compiled: list[dict[str, Any]]):
+    reading = {"mlp_up_kernel", "mlp_inner_kernel", "mm_rows_kernel"}
+    half = [r for r in compiled if r["kernel"] in reading and not r["case"].endswith("fp32")]
+    assert half
+    assert not [row for row in half if not row["tma"]]
+
+
+@pytest.mark.slow
 def test_nothing_spills_and_all_of_it_fits(compiled: list[dict[str, Any]]):
     assert not [row for row in compiled if row["spilled"]]
     assert max(row["shared"] for row in compiled) <= 232_448
+
+
+COUNT = """
+import torch
+from benchmarks.aot import compiling, run_routed_mlp
+from moeroute_kernels.cpu_routed_mlp import Form
+
+form = Form("silu_glu", False, 1.702, float("inf"))
+with compiling(90) as found:
+    counts = []
+    for tokens in range(33, 53):
+        run_routed_mlp(tokens, torch.bfloat16, form, bias=False)
+        counts.append(len(found))
+print(*counts)
+"""
+
+
+@pytest.mark.slow
+def test_another_number_of_tokens_compiles_nothing():
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", COUNT]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    counts = done.stdout.split()
+    assert len(counts) == 20
+    assert len(set(counts)) == 1

@@ -7,6 +7,7 @@ those of the other tests of the ops.
 import importlib
 import mmap
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import routed_cases
@@ -212,6 +213,25 @@ def test_repeats_are_equal_to_the_bit():
         seen = [out.detach(), *torch.autograd.grad(out, tensors, gradient)]
         first = first or seen
         assert all(torch.equal(a, b) for a, b in zip(first, seen, strict=True))
+
+
+def test_one_token_takes_four_launches(monkeypatch: pytest.MonkeyPatch):
+    """The sort with its tiles, two products, the sum."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    if torch.cuda.is_available():
+        pytest.skip("counts the interpreter's launches")
+    launched: list[str] = []
+    inner = interpreter.GridExecutor.__call__
+
+    def launch(self: Any, *args: Any, **options: Any) -> None:
+        launched.append(self.fn.__name__)
+        inner(self, *args, **options)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+    inputs = routed_cases.make(CASES["one token"])
+    with torch.no_grad():
+        inputs.call(routed_mlp)
+    assert launched == ["sort_one_kernel", "mlp_up_kernel", "mm_rows_kernel", "combine_kernel"]
 
 
 def test_offsets_beyond_31_bits():

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moeroute_kernels._triton.product import mm_rows, tiles_for
 from moeroute_kernels._triton.routed_mlp import row_major, row_major_or_none
+from moeroute_kernels._triton.rows import mm_rows, tiles_for
 from moeroute_kernels._triton.weights import mm_weights, sum_rows
 from moeroute_kernels.grouped_mm import empty_weight
 

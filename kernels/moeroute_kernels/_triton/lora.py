@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moeroute_kernels._triton import config
 from moeroute_kernels._triton.combine import combine
-from moeroute_kernels._triton.product import mm_rows, tiles_for
 from moeroute_kernels._triton.routed_mlp import row_major
-from moeroute_kernels._triton.sort import sort_slots
+from moeroute_kernels._triton.rows import mm_rows
+from moeroute_kernels._triton.sort import sort_and_tile
 from moeroute_kernels._triton.weights import mm_weights
 
 
@@ -29,9 +30,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Two products per expert, over its tokens; see `moeroute_kernels.lora_sorted.forward`."""
     lora_a, lora_b, x = lora_a.to(dtype), lora_b.to(dtype), row_major(x.to(dtype))
-    order, inverse, ends = sort_slots(ids, lora_a.shape[0])
-    num_rows = order.shape[0]
-    tiles = tiles_for(ends, num_rows, dtype)
+    num_rows, experts = ids.numel(), lora_a.shape[0]
+    layout = config.row_tiles(num_rows, experts, dtype)
+    order, inverse, ends, tiles = sort_and_tile(ids, experts, layout.rows)
     middle = mm_rows(x, lora_a, tiles, num_rows=num_rows, index=order, slots=ids.shape[1])
     rows = mm_rows(middle, lora_b.permute(1, 0, 2), tiles, num_rows=num_rows)
     out = combine(
@@ -62,8 +63,8 @@ def backward(
     need_x, need_a, need_b, need_weights = needs
     (experts, rank, ins), outs = lora_a.shape, lora_b.shape[0]
     num_rows, slots, dtype = order.shape[0], ids.shape[1], lora_a.dtype
-    _, inverse, ends = sort_slots(ids, experts)
-    tiles = tiles_for(ends, num_rows, dtype)
+    layout = config.row_tiles(num_rows, experts, dtype)
+    _, inverse, ends, tiles = sort_and_tile(ids, experts, layout.rows)
     gradient = row_major(gradient.to(dtype))
     gates = weights.reshape(-1).index_select(0, order).float().mul_(scaling).unsqueeze(1)
     grad_x = grad_a = grad_b = grad_weights = None

@@ -20,6 +20,7 @@ from moeroute_kernels._triton.form import DeviceForm
 from moeroute_kernels._triton.glu import activate_backward
 from moeroute_kernels._triton.mlp_up import split_tile
 from moeroute_kernels._triton.product import GROUP, place_of, product, tile_rows
+from moeroute_kernels._triton.source import weight_source
 from moeroute_kernels._triton.tiles import TileMap
 
 
@@ -100,6 +101,7 @@ def mlp_inner_kernel(
     EVEN_COLUMNS: tl.constexpr,
     SWAPPED: tl.constexpr,
     UPCAST: tl.constexpr,
+    SOURCE: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     tile, block = place_of(num_tiles, num_columns, GROUP)
@@ -112,10 +114,14 @@ def mlp_inner_kernel(
     held = columns < I
     gradient = product(
         g_ptr + (slot // slots)[:, None] * g_row,
-        1,
-        w_ptr + expert * w_expert + columns.to(tl.int64)[:, None] * w_inner,
-        w_hidden,
+        w_ptr,
+        expert,
+        block * COLUMNS,
+        columns,
         held,
+        w_expert,
+        w_inner,
+        w_hidden,
         H,
         ROWS,
         COLUMNS,
@@ -124,6 +130,7 @@ def mlp_inner_kernel(
         EVEN_COLUMNS,
         SWAPPED,
         UPCAST,
+        SOURCE,
     )
     mask = inside[:, None] & held[None, :]
     width = 2 * I if GATED else I
@@ -201,10 +208,11 @@ def mlp_inner(
     parts = (num_columns + with_bias, num_rows) if want_dots else (0, 0)
     dots = torch.zeros(parts, dtype=torch.float32, device=pre.device)
     if num_tiles * num_columns:
+        weight_or_boxes, source = weight_source(weight.transpose(1, 2), layout)
         mlp_inner_kernel[(num_tiles * num_columns,)](
             gradient,
             order,
-            weight,
+            weight_or_boxes,
             routing_weights,
             pre,
             activated,
@@ -236,6 +244,7 @@ def mlp_inner(
             EVEN_COLUMNS=inner % layout.columns == 0,
             SWAPPED=layout.swapped,
             UPCAST=config.upcast(pre.dtype),
+            SOURCE=source,
             GROUP=GROUP,
             num_warps=layout.warps,
             num_stages=layout.stages,

@@ -17,6 +17,7 @@ from moeroute_kernels._triton import config
 from moeroute_kernels._triton.form import DeviceForm
 from moeroute_kernels._triton.glu import activate
 from moeroute_kernels._triton.product import GROUP, place_of, product, tile_rows
+from moeroute_kernels._triton.source import weight_source
 from moeroute_kernels._triton.tiles import TileMap
 
 
@@ -92,6 +93,7 @@ def mlp_up_kernel(
     EVEN_COLUMNS: tl.constexpr,
     SWAPPED: tl.constexpr,
     UPCAST: tl.constexpr,
+    SOURCE: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     tile, block = place_of(num_tiles, num_columns, GROUP)
@@ -103,10 +105,14 @@ def mlp_up_kernel(
     wide, wide_inside, narrow, narrow_inside = split_columns(block, I, GATED, INTERLEAVED, COLUMNS)
     acc = product(
         x_ptr + (slot // slots)[:, None] * x_row,
-        1,
-        w_ptr + expert * w_expert + wide.to(tl.int64)[:, None] * w_out,
-        w_in,
+        w_ptr,
+        expert,
+        block * (COLUMNS // 2 if GATED and not INTERLEAVED else COLUMNS),
+        wide,
         wide_inside,
+        w_expert,
+        w_out,
+        w_in,
         H,
         ROWS,
         COLUMNS,
@@ -115,6 +121,7 @@ def mlp_up_kernel(
         EVEN_COLUMNS,
         SWAPPED,
         UPCAST,
+        SOURCE,
     )
     if HAS_BIAS:
         bias = tl.load(bias_ptr + expert * bias_expert + wide, mask=wide_inside, other=0.0)
@@ -174,10 +181,12 @@ def mlp_up(
     num_tiles, num_columns = tiles.experts.shape[0], triton.cdiv(width, layout.columns)
     if not num_tiles * num_columns:
         return pre, out
+    halves = 2 if form.gated and not form.interleaved else 1
+    weight_or_boxes, source = weight_source(weight, layout, halves)
     mlp_up_kernel[(num_tiles * num_columns,)](
         x,
         order,
-        weight,
+        weight_or_boxes,
         bias,
         routing_weights,
         pre,
@@ -208,6 +217,7 @@ def mlp_up(
         EVEN_COLUMNS=width % layout.columns == 0,
         SWAPPED=layout.swapped,
         UPCAST=config.upcast(x.dtype),
+        SOURCE=source,
         GROUP=GROUP,
         num_warps=layout.warps,
         num_stages=layout.stages,

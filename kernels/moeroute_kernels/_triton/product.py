@@ -1,20 +1,12 @@
-"""Rows of each expert times its own weight: the product that every other kernel is built on.
+"""A tile of rows times a tile of a weight: the loop that every product is made of.
 
-Rows may be gathered while they are loaded, and the weight has any strides, so that a checkpoint of
-either layout, and its transpose in backward, is read as it lies.
-
-Axes: N rows, E experts, I in, O out.
+Axes: N rows, E experts, K the summed axis.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from moeroute_kernels._triton import config
-from moeroute_kernels._triton.tiles import TileMap, tile_map
 
 GROUP = 8
 """Tiles of rows that take turns over the columns together, so that a weight stays in the L2."""
@@ -42,25 +34,46 @@ def tile_rows(starts_ptr, ends_ptr, tile, expert, E, N, ROWS: tl.constexpr):
 
 
 @triton.jit
-def step(acc, a, w, SWAPPED: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + a (ROWS, INNER) times w (COLUMNS, INNER) transposed, or the transpose of that."""
-    if UPCAST:
-        a = a.to(tl.float32)
-        w = w.to(tl.float32)
-    if SWAPPED:
-        acc = tl.dot(w, tl.trans(a), acc, input_precision="ieee")
+def load_weight(
+    w,
+    expert,
+    first,
+    start,
+    w_ptrs,
+    w_inside,
+    left,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    EVEN: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+    SOURCE: tl.constexpr,
+):
+    """A (COLUMNS, INNER) tile of an expert's weight, by pointers or by TMA."""
+    if SOURCE == 1:
+        tile = tl.reshape(w.load([expert.to(tl.int32), 0, first, start]), (COLUMNS, INNER))
+    elif SOURCE == 2:
+        tile = tl.reshape(w.load([expert.to(tl.int32), start, 0, first]), (INNER, COLUMNS))
+        tile = tl.trans(tile)
+    elif EVEN and EVEN_COLUMNS:
+        tile = tl.load(w_ptrs)
+    elif EVEN:
+        tile = tl.load(w_ptrs, mask=w_inside[:, None], other=0.0)
     else:
-        acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
-    return acc
+        tile = tl.load(w_ptrs, mask=w_inside[:, None] & left, other=0.0)
+    return tile
 
 
 @triton.jit
 def product(
     a_ptrs,
-    a_step,
-    w_ptrs,
-    w_step,
+    w,
+    expert,
+    first,
+    columns,
     w_inside,
+    w_expert,
+    w_out,
+    w_in,
     K,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -69,191 +82,56 @@ def product(
     EVEN_COLUMNS: tl.constexpr,
     SWAPPED: tl.constexpr,
     UPCAST: tl.constexpr,
+    SOURCE: tl.constexpr,
 ):
     """Sum over K of a tile of rows times a tile of weight rows: (ROWS, COLUMNS) float32.
 
-    a_ptrs (ROWS, 1) and w_ptrs (COLUMNS, 1) point at the first element of each row; w_inside
-    (COLUMNS,) says which weight rows there are. EVEN promises that INNER divides K, EVEN_COLUMNS
-    that all weight rows are inside.
+    a_ptrs (ROWS, 1) point at the first element of each row. The weight is a pointer with strides or
+    a descriptor, see `source`; columns (COLUMNS,) are its rows, w_inside says which there are, and
+    first is where they begin in their half. EVEN promises that INNER divides K, EVEN_COLUMNS that
+    all weight rows are inside.
     """
     inner = tl.arange(0, INNER)[None, :]
     if SWAPPED:
         acc = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
     else:
         acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    a_ptrs += inner * a_step
-    w_ptrs += inner.to(tl.int64) * w_step
+    a_ptrs += inner
+    if SOURCE == 0:
+        w_ptrs = w + expert * w_expert + columns.to(tl.int64)[:, None] * w_out
+        w_ptrs += inner.to(tl.int64) * w_in
+    else:
+        w_ptrs = inner
     for start in range(0, K, INNER):
         left = inner < K - start
         if EVEN:
             a = tl.load(a_ptrs)
         else:
             a = tl.load(a_ptrs, mask=left, other=0.0)
-        if EVEN and EVEN_COLUMNS:
-            w = tl.load(w_ptrs)
-        elif EVEN:
-            w = tl.load(w_ptrs, mask=w_inside[:, None], other=0.0)
+        tile = load_weight(
+            w,
+            expert,
+            first,
+            start,
+            w_ptrs,
+            w_inside,
+            left,
+            COLUMNS,
+            INNER,
+            EVEN,
+            EVEN_COLUMNS,
+            SOURCE,
+        )
+        if UPCAST:
+            a = a.to(tl.float32)
+            tile = tile.to(tl.float32)
+        if SWAPPED:
+            acc = tl.dot(tile, tl.trans(a), acc, input_precision="ieee")
         else:
-            w = tl.load(w_ptrs, mask=w_inside[:, None] & left, other=0.0)
-        acc = step(acc, a, w, SWAPPED, UPCAST)
-        a_ptrs += INNER * a_step
-        w_ptrs += INNER * w_step
+            acc = tl.dot(a, tl.trans(tile), acc, input_precision="ieee")
+        a_ptrs += INNER
+        if SOURCE == 0:
+            w_ptrs += INNER * w_in
     if SWAPPED:
         acc = tl.trans(acc)
     return acc
-
-
-@triton.jit(do_not_specialize=["N", "num_tiles"])
-def mm_rows_kernel(
-    a_ptr,
-    index_ptr,
-    w_ptr,
-    bias_ptr,
-    scale_ptr,
-    out_ptr,
-    experts_ptr,
-    starts_ptr,
-    ends_ptr,
-    N,
-    E,
-    O,
-    K,
-    num_tiles,
-    num_columns,
-    slots,
-    a_row,
-    w_expert,
-    w_out,
-    w_in,
-    bias_expert,
-    GATHER: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-    EVEN: tl.constexpr,
-    EVEN_COLUMNS: tl.constexpr,
-    SWAPPED: tl.constexpr,
-    UPCAST: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    tile, block = place_of(num_tiles, num_columns, GROUP)
-    expert = tl.load(experts_ptr + tile)
-    if expert < 0:
-        return
-    rows, inside = tile_rows(starts_ptr, ends_ptr, tile, expert, E, N, ROWS)
-    columns = block * COLUMNS + tl.arange(0, COLUMNS)
-    mask = inside[:, None] & (columns < O)[None, :]
-    out_ptrs = out_ptr + rows[:, None] * O + columns[None, :]
-    if expert == E:
-        tl.store(out_ptrs, tl.zeros((ROWS, COLUMNS), dtype=out_ptr.dtype.element_ty), mask=mask)
-        return
-    source = rows
-    if GATHER:
-        source = tl.load(index_ptr + rows) // slots
-    expert = expert.to(tl.int64)
-    acc = product(
-        a_ptr + source[:, None] * a_row,
-        1,
-        w_ptr + expert * w_expert + columns.to(tl.int64)[:, None] * w_out,
-        w_in,
-        columns < O,
-        K,
-        ROWS,
-        COLUMNS,
-        INNER,
-        EVEN,
-        EVEN_COLUMNS,
-        SWAPPED,
-        UPCAST,
-    )
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + expert * bias_expert + columns, mask=columns < O, other=0.0)
-        bias = bias.to(tl.float32)[None, :]
-        if HAS_SCALE:
-            scale = tl.load(scale_ptr + tl.load(index_ptr + rows)).to(tl.float32)
-            bias = bias * scale[:, None]
-        acc += bias
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def mm_rows(
-    rows: Tensor,
-    weight: Tensor,
-    tiles: TileMap,
-    *,
-    num_rows: int,
-    index: Tensor | None = None,
-    slots: int = 1,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    order: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Compute rows @ weight[expert].T (+ scale * bias[expert]).
-
-    Args:
-        rows: (N, I) in expert order, or (T, I) with `index`; the last stride must be 1.
-        weight: (E, O, I), any strides, the dtype of rows.
-        tiles: Which rows are whose; rows in no tile are not written.
-        num_rows: N.
-        index: (N,) int64; the source of row r is rows[index[r] // slots].
-        slots: See `index`.
-        bias: (E, O), contiguous in O, or None.
-        scale: (N,) factors of the bias, by flat slot, or None.
-        order: (N,) int64, the flat slot of each row; needed with scale.
-        out: (N, O) contiguous, to write into.
-
-    Returns:
-        (N, O) in the dtype of rows.
-    """
-    num_experts, outs, ins = weight.shape
-    if out is None:
-        out = torch.empty((num_rows, outs), dtype=rows.dtype, device=rows.device)
-    layout = config.row_tiles(num_rows, num_experts, rows.dtype)
-    num_tiles, num_columns = tiles.experts.shape[0], triton.cdiv(outs, layout.columns)
-    if not num_tiles * num_columns:
-        return out
-    slot_of_row = index if index is not None else order
-    mm_rows_kernel[(num_tiles * num_columns,)](
-        rows,
-        slot_of_row,
-        weight,
-        bias,
-        scale,
-        out,
-        tiles.experts,
-        tiles.starts,
-        tiles.ends,
-        num_rows,
-        num_experts,
-        outs,
-        ins,
-        num_tiles,
-        num_columns,
-        slots,
-        rows.stride(0),
-        *weight.stride(),
-        0 if bias is None else bias.stride(0),
-        GATHER=index is not None,
-        HAS_BIAS=bias is not None,
-        HAS_SCALE=scale is not None,
-        ROWS=tiles.block_rows,
-        COLUMNS=layout.columns,
-        INNER=layout.inner,
-        EVEN=ins % layout.inner == 0,
-        EVEN_COLUMNS=outs % layout.columns == 0,
-        SWAPPED=layout.swapped,
-        UPCAST=config.upcast(rows.dtype),
-        GROUP=GROUP,
-        num_warps=layout.warps,
-        num_stages=layout.stages,
-    )
-    return out
-
-
-def tiles_for(ends: Tensor, num_rows: int, dtype: torch.dtype, *, tail: bool = False) -> TileMap:
-    """The tile map that every product of these rows shares."""
-    layout = config.row_tiles(num_rows, ends.shape[0], dtype)
-    return tile_map(ends, num_rows, layout.rows, tail=tail)

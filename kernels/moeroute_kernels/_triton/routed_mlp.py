@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from moeroute_kernels._triton import config
 from moeroute_kernels._triton.combine import combine
 from moeroute_kernels._triton.form import device_form
 from moeroute_kernels._triton.mlp_inner import mlp_inner
 from moeroute_kernels._triton.mlp_up import mlp_up
-from moeroute_kernels._triton.product import mm_rows, tiles_for
-from moeroute_kernels._triton.sort import sort_slots
+from moeroute_kernels._triton.rows import mm_rows, tiles_for
+from moeroute_kernels._triton.sort import sort_and_tile
 from moeroute_kernels._triton.weights import mm_weights, sum_rows
 from moeroute_kernels.cpu_routed_mlp import Form, Saved, Weights
 from moeroute_kernels.cpu_routed_mlp_backward import Needs
@@ -54,9 +55,9 @@ def forward(
     Returns:
         (T, H) in the dtype of x, and what `backward` needs.
     """
-    order, inverse, ends = sort_slots(ids, weights.gate_up.shape[0])
-    num_rows = order.shape[0]
-    tiles = tiles_for(ends, num_rows, x.dtype)
+    num_rows, num_experts = ids.numel(), weights.gate_up.shape[0]
+    layout = config.row_tiles(num_rows, num_experts, x.dtype)
+    order, inverse, ends, tiles = sort_and_tile(ids, num_experts, layout.rows)
     scale = routing_weights.contiguous()
     bias = row_major_or_none(weights.gate_up_bias)
     up_form = device_form(form)

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moeroute_kernels._triton.tiles import TileMap, most_tiles, tile_map
+
 TINY_BLOCK = 64
 BLOCK = 1024
 """Slots of one program; a key is id * block + position and must fit 31 bits."""
@@ -30,9 +32,21 @@ def sorted_block(ids_ptr, start, N, E, BLOCK: tl.constexpr):
     return ids, tl.sort(ids * BLOCK + position)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "num_tiles"])
 def sort_one_kernel(
-    ids_ptr, order_ptr, inverse_ptr, ends_ptr, N, E, BINS: tl.constexpr, BLOCK: tl.constexpr
+    ids_ptr,
+    order_ptr,
+    inverse_ptr,
+    ends_ptr,
+    tile_experts_ptr,
+    tile_starts_ptr,
+    N,
+    E,
+    num_tiles,
+    HAS_TILES: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     ids, keys = sorted_block(ids_ptr, 0, N, E, BLOCK)
     row = tl.arange(0, BLOCK)
@@ -40,7 +54,18 @@ def sort_one_kernel(
     tl.store(order_ptr + row, slot.to(tl.int64), mask=row < N)
     tl.store(inverse_ptr + slot, row.to(tl.int64), mask=row < N)
     bins = tl.arange(0, BINS)
-    tl.store(ends_ptr + bins, tl.cumsum(tl.histogram(ids, BINS), 0), mask=bins < E)
+    counts = tl.histogram(ids, BINS)
+    ends = tl.cumsum(counts, 0)
+    tl.store(ends_ptr + bins, ends, mask=bins < E)
+    if HAS_TILES:
+        expert = keys // BLOCK
+        first = tl.gather(ends - counts, expert, 0)
+        opens = (expert < E) & ((row - first) % TILE_ROWS == 0)
+        tile = tl.cumsum(opens.to(tl.int32), 0) - 1
+        tl.store(tile_experts_ptr + tile, expert, mask=opens)
+        tl.store(tile_starts_ptr + tile, row, mask=opens)
+        surplus = (row >= tl.sum(opens.to(tl.int32), 0)) & (row < num_tiles)
+        tl.store(tile_experts_ptr + row, tl.full((BLOCK,), -1, tl.int32), mask=surplus)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -108,22 +133,75 @@ def place_kernel(
 
 def sort_slots(ids: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sort slots by expert; see `moeroute_kernels.expert_sort.sort_slots`."""
+    return _sort(ids, num_groups, None)
+
+
+def sort_and_tile(
+    ids: Tensor, num_groups: int, block_rows: int
+) -> tuple[Tensor, Tensor, Tensor, TileMap]:
+    """Sort slots by expert and lay tiles over their rows: few slots take one launch for both.
+
+    Args:
+        ids: (T, K) integers, any strides; anything outside [0, num_groups) is an empty slot.
+        num_groups: E.
+        block_rows: Most rows of a tile.
+
+    Returns:
+        What `sort_slots` returns, and the tiles.
+    """
+    num_slots = ids.numel()
+    if num_slots > BLOCK:
+        order, inverse, ends = _sort(ids, num_groups, None)
+        return order, inverse, ends, tile_map(ends, num_slots, block_rows)
+    most = most_tiles(num_slots, num_groups, block_rows)
+    experts = torch.empty((most,), dtype=torch.int32, device=ids.device)
+    starts = torch.empty_like(experts)
+    ends = torch.empty((num_groups,), dtype=torch.int32, device=ids.device)
+    tiles = TileMap(experts, starts, ends, block_rows)
+    order, inverse, _ = _sort(ids, num_groups, tiles)
+    return order, inverse, ends, tiles
+
+
+def _sort(ids: Tensor, num_groups: int, tiles: TileMap | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort; with tiles, whose slots fit one block, fill them and their ends as well."""
     flat = ids.reshape(-1)
     num_slots = flat.shape[0]
     order = torch.empty((num_slots,), dtype=torch.int64, device=ids.device)
     inverse = torch.empty_like(order)
-    ends = torch.empty((num_groups,), dtype=torch.int32, device=ids.device)
     bins = max(triton.next_power_of_2(num_groups + 2), SCAN_COLUMNS)
-    if num_slots <= BLOCK:
-        block = TINY_BLOCK if num_slots <= TINY_BLOCK else BLOCK
-        sort_one_kernel[(1,)](flat, order, inverse, ends, num_slots, num_groups, bins, block)
+    if num_slots > BLOCK:
+        ends = torch.empty((num_groups,), dtype=torch.int32, device=ids.device)
+        _sort_blocks(flat, order, inverse, ends, bins)
         return order, inverse, ends
+    has_tiles = tiles is not None
+    if tiles is None:
+        ends = torch.empty((num_groups,), dtype=torch.int32, device=ids.device)
+        tiles = TileMap(ends, ends, ends, 1)
+    sort_one_kernel[(1,)](
+        flat,
+        order,
+        inverse,
+        tiles.ends,
+        tiles.experts,
+        tiles.starts,
+        num_slots,
+        num_groups,
+        tiles.experts.shape[0],
+        HAS_TILES=has_tiles,
+        TILE_ROWS=tiles.block_rows,
+        BINS=bins,
+        BLOCK=TINY_BLOCK if num_slots <= TINY_BLOCK else BLOCK,
+    )
+    return order, inverse, tiles.ends
+
+
+def _sort_blocks(flat: Tensor, order: Tensor, inverse: Tensor, ends: Tensor, bins: int) -> None:
+    num_slots, num_groups = flat.shape[0], ends.shape[0]
     blocks = triton.cdiv(num_slots, BLOCK)
-    counts = torch.empty((blocks, bins), dtype=torch.int32, device=ids.device)
-    totals = torch.empty((bins,), dtype=torch.int32, device=ids.device)
+    counts = torch.empty((blocks, bins), dtype=torch.int32, device=flat.device)
+    totals = torch.empty((bins,), dtype=torch.int32, device=flat.device)
     count_kernel[(blocks,)](flat, counts, num_slots, num_groups, bins, BLOCK)
     scan_kernel[(bins // SCAN_COLUMNS,)](counts, totals, blocks, bins, SCAN_ROWS, SCAN_COLUMNS)
     place_kernel[(blocks,)](
         flat, counts, totals, order, inverse, ends, num_slots, num_groups, bins, BLOCK
     )
-    return order, inverse, ends
