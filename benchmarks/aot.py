@@ -42,11 +42,10 @@ from benchmarks.shapes import (
     WARP_THREADS,
 )
 from moeroute_kernels._triton import grouped_mm, lora, routed_mlp, sort
+from moeroute_kernels._triton.config import SHARED_MEMORY
 from moeroute_kernels.cpu_routed_mlp import Form, Weights
 from moeroute_kernels.cpu_routed_mlp_backward import Needs
 
-SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-"""Bytes that one program may have, by architecture."""
 WIDTH = 150
 SHAPE = EXPERT_SHAPES[COMPILED_SHAPE]
 NUM_EXPERTS, HIDDEN, INNER = SHAPE.num_experts, SHAPE.hidden_size, SHAPE.intermediate_size

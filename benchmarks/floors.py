@@ -18,7 +18,7 @@ from benchmarks.shapes import (
     MEMORY_SHAPE,
 )
 
-__all__ = ["Row", "Verdict", "judge", "noise", "rows_of"]
+__all__ = ["Row", "Verdict", "all_within", "judge", "noise", "rows_of"]
 
 MAX_ERROR = {"fp32": 1e-5, "bf16": 2e-2}
 MEAN_OF_BEST = 1.00
@@ -113,7 +113,15 @@ def _ratios(rows: Iterable[Row]) -> dict[str, float]:
     return {row.label: ratio for row in rows if (ratio := row.of_best) is not None}
 
 
-def _all_within(promise: str, ratios: dict[str, float], limit: float, spread: float) -> Verdict:
+def all_within(promise: str, ratios: dict[str, float], limit: float, spread: float) -> Verdict:
+    """Judge that no ratio is above a limit.
+
+    Args:
+        promise: What was promised.
+        ratios: By the label of a row.
+        limit: The largest that keeps it.
+        spread: The noise of the run.
+    """
     if not ratios:
         return Verdict(promise, None, "no row")
     over = {label: ratio for label, ratio in ratios.items() if ratio > limit}
@@ -211,8 +219,8 @@ def judge(records: Sequence[Record]) -> list[Verdict]:
     return [
         Verdict("answers and gradients agree with the definition", not wrong, right, wrong),
         _mean_of_best(timed),
-        _all_within(worst, _ratios(timed), WORST_OF_BEST, spread),
+        all_within(worst, _ratios(timed), WORST_OF_BEST, spread),
         _eager_speedup(timed),
         _saved(memory),
-        _all_within(mixture, _ratios(lora), LORA_OF_BEST, spread),
+        all_within(mixture, _ratios(lora), LORA_OF_BEST, spread),
     ]

@@ -62,9 +62,11 @@ def make_inputs(case: Case) -> Inputs:
     """
     shape, dtype = EXPERT_SHAPES[case.shape_name], DTYPES[case.dtype]
     generator = torch.Generator().manual_seed(0)
+    # a layer of a released model has a billion weights: they are drawn where they are used
+    own = torch.Generator(case.device).manual_seed(0)
 
     def normal(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator)
+        return torch.randn(sizes, generator=own, device=case.device)
 
     hidden, inner = shape.hidden_size, shape.intermediate_size
     gate_up = normal(shape.num_experts, 2 * inner, hidden) * hidden**-0.5

@@ -1,6 +1,7 @@
 """Time and weigh the ops beside their baselines, in one process and in turns.
 
 python -m benchmarks.run                                # every default row, about ten minutes
+python -m benchmarks.run --suite gpu                    # layers of released models, on CUDA
 python -m benchmarks.run --op gated_lora --modes fwd_bwd --dtype fp32
 python -m benchmarks.run --shape qwen3-30b-a3b --tokens 1,64 --routing zipf --device cuda
 """
@@ -20,18 +21,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import measure
 from benchmarks.cases import AGAIN, OURS, Benchmark, Bound, Case, Inputs, Provider, select_cases
-from benchmarks.floors import judge
+from benchmarks.floors import judge, rows_of
+from benchmarks.gpu_floors import judge_gpu
 from benchmarks.measure import Budget
 from benchmarks.records import ROOT, Record, append_csv, stamp, write_json
 from benchmarks.registry import BENCHMARKS
 from benchmarks.report import print_report
-from benchmarks.shapes import DTYPES, ROUTINGS
+from benchmarks.shapes import DTYPES, GPU_SHAPES, GPU_SUITE_TOKENS, ROUTINGS
 
 __all__ = ["main", "reference_answer", "run_case"]
 
 MODES = ("fwd", "fwd_bwd", "mem")
 RESULTS = ROOT / "benchmarks" / "results.csv"
 WIDTH = 170
+GPU_SECONDS = 1.0
+"""For the rounds of one row of the GPU suite, which is to take less than nine minutes."""
 
 
 def _record(case: Case, provider: str, **values: object) -> Record:
@@ -164,17 +168,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     shapes = sorted({name for one in BENCHMARKS.values() for name in one.shape_names})
     add = parser.add_argument
+    add("--suite", choices=("cpu", "gpu"), default="cpu", help="which rows are the default")
     add("--op", type=_listed(str, tuple(BENCHMARKS)), default=list(BENCHMARKS), metavar="NAMES")
     add("--modes", type=_listed(str, MODES), metavar="NAMES", help=", ".join(MODES))
     add("--shape", type=_listed(str, shapes), metavar="NAMES", help=", ".join(shapes))
     add("--tokens", type=_listed(_count), metavar="NUMBERS", help="T, such as 1,16,128,1024")
     add("--dtype", type=_listed(str, tuple(DTYPES)), metavar="NAMES", help=", ".join(DTYPES))
     add("--routing", type=_listed(str, ROUTINGS), metavar="NAMES", help=", ".join(ROUTINGS))
-    add("--device", default="cpu", help="a torch device (default: cpu)")
+    add("--device", help="a torch device (default: that of the suite)")
     add("--threads", type=_count, help="of torch's CPU pool (default: torch's own choice)")
     add("--clock", choices=tuple(measure.CLOCKS), default="wall", help="cpu: with --threads 1")
     add("--rounds", type=_count, help="for every provider, instead of what fits --seconds")
-    add("--seconds", type=_seconds, default=Budget().seconds, help="for the rounds of one row")
+    add("--seconds", type=_seconds, help="for the rounds of one row (4; suite gpu: 1)")
     add("--json", type=Path, metavar="FILE", help="write everything to this file")
     add("--csv", type=Path, metavar="FILE", default=RESULTS, help="where --append writes to")
     add("--append", action=argparse.BooleanOptionalAction, default=False, help="keep the rows")
@@ -182,18 +187,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _fill(options: argparse.Namespace) -> None:
+    """Give what was not asked for the default of the suite.
+
+    Args:
+        options: Are changed.
+    """
+    if options.suite == "cpu":
+        options.device = options.device or "cpu"
+        options.seconds = options.seconds or Budget().seconds
+        return
+    options.device = options.device or "cuda"
+    options.seconds = options.seconds or GPU_SECONDS
+    options.dtype = options.dtype or ["bf16"]
+    options.modes = options.modes or ["fwd", "fwd_bwd"]
+
+
 def _cases(options: argparse.Namespace) -> list[Case]:
     found = []
     for name in options.op:
         benchmark = BENCHMARKS[name]
-        known = options.shape and [one for one in options.shape if one in benchmark.shape_names]
-        if options.shape and not known:
+        shapes, tokens = options.shape, options.tokens
+        if options.suite == "gpu" and name == "routed_mlp":
+            shapes, tokens = shapes or list(GPU_SHAPES), tokens or list(GPU_SUITE_TOKENS)
+        known = shapes and [one for one in shapes if one in benchmark.shape_names]
+        if shapes and not known:
             continue
         found += select_cases(
             benchmark.cases(options.device),
             modes=options.modes,
             shapes=known,
-            tokens=options.tokens,
+            tokens=tokens,
             dtypes=options.dtype,
             routings=options.routing,
         )
@@ -225,7 +249,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 1 where --check is given and a promise is missed, 2 where no row fits, else 0.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    _fill(options)
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error("this needs a CUDA device, and torch sees none; --device cpu runs on the CPU")
     if options.threads:
         torch.set_num_threads(options.threads)
     console = Console()
@@ -238,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     budget = Budget(seconds=options.seconds, exact=options.rounds, clock=options.clock)
     made = stamp(options.device)
     records = _run_all(cases, budget, console)
-    verdicts = judge(records)
+    verdicts = [*judge(records), *judge_gpu(rows_of(records))]
     print_report(console, records, made, verdicts)
     if options.append:
         append_csv(options.csv, records, made)

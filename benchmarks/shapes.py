@@ -99,6 +99,15 @@ WARP_THREADS = 32
 COMPILED_SLOTS = (4, 256, 2048)
 """Tokens that are sorted: one for each kind of sort."""
 
+GPU_SHAPES = ("mixtral-8x7b", "qwen3-30b-a3b", "olmoe-1b-7b", "deepseek-v3-ep8", "gpt-oss-20b")
+"""The layers of `--suite gpu`."""
+GPU_SUITE_TOKENS = (1, 16, 128, 512, 8192, 32768)
+"""T of `--suite gpu`."""
+GPU_JUDGED_SHAPE = "qwen3-30b-a3b"
+GPU_JUDGED_TOKENS = 32768
+GPU_MANY_TOKENS = 8192
+"""T from which on the lead over other kernels is judged."""
+
 LORA_SHAPES: Mapping[str, LoRAShape] = MappingProxyType(
     {shape.name: shape for shape in LORA_SHAPE_LIST}
 )

@@ -61,6 +61,23 @@ MOST_INTERLEAVED = 64 * 64
 """Elements of a tile of that kernel where gate and up alternate."""
 WEIGHT_TILES = {2: Tiles(128, 128, 64, 8, 4), 4: Tiles(64, 64, 32, 4, 3)}
 """Gradients of weights (rows and columns of the matrix, rows of the sum), by bytes."""
+SHARED_MEMORY = {
+    80: 166_912,
+    86: 101_376,
+    87: 166_912,
+    89: 101_376,
+    90: 232_448,
+    100: 232_448,
+    103: 232_448,
+    110: 232_448,
+    120: 101_376,
+    121: 101_376,
+}
+"""Bytes that one program may have, by architecture of CUDA."""
+LEAST_SHARED_MEMORY = 65_536
+"""Of any other device."""
+RESERVED = 4096
+"""Bytes of it for reductions and barriers."""
 POINTWISE_ROWS = 16
 POINTWISE_COLUMNS = 128
 
@@ -75,7 +92,7 @@ def rows_class(num_rows: int, num_groups: int) -> str:
 
 def row_tiles(num_rows: int, num_groups: int, dtype: torch.dtype) -> Tiles:
     """Tiles of a product of rows with a weight."""
-    return ROW_TILES[rows_class(num_rows, num_groups), dtype.itemsize]
+    return fitted(ROW_TILES[rows_class(num_rows, num_groups), dtype.itemsize], dtype)
 
 
 def inner_tiles(num_rows: int, num_groups: int, dtype: torch.dtype, *, interleaved: bool) -> Tiles:
@@ -83,12 +100,29 @@ def inner_tiles(num_rows: int, num_groups: int, dtype: torch.dtype, *, interleav
     tiles = INNER_TILES[rows_class(num_rows, num_groups), dtype.itemsize]
     # gate and up pass through the registers together; 128 x 2 * 64 of them do not fit
     spilling = interleaved and tiles.rows * tiles.columns > MOST_INTERLEAVED
-    return replace(tiles, columns=tiles.columns // 2) if spilling else tiles
+    tiles = replace(tiles, columns=tiles.columns // 2) if spilling else tiles
+    return fitted(tiles, dtype)
 
 
-def weight_tiles(dtype: torch.dtype) -> Tiles:
-    """Tiles of the gradient of a weight."""
-    return WEIGHT_TILES[dtype.itemsize]
+def weight_tiles(dtype: torch.dtype, *, gathered: bool) -> Tiles:
+    """Tiles of the gradient of a weight.
+
+    Args:
+        dtype: Of the rows.
+        gathered: Whether rows are found by an index, whose load is a stage of its own.
+    """
+    tiles = WEIGHT_TILES[dtype.itemsize]
+    return fitted(replace(tiles, stages=tiles.stages + gathered), dtype)
+
+
+def fitted(tiles: Tiles, dtype: torch.dtype) -> Tiles:
+    """The same tiles with as many stages as the device's shared memory holds."""
+    if triton.knobs.runtime.interpret:
+        return tiles
+    target = triton.runtime.driver.active.get_current_target()
+    limit = SHARED_MEMORY.get(target.arch, LEAST_SHARED_MEMORY) - RESERVED
+    stage = (tiles.rows + tiles.columns) * tiles.inner * dtype.itemsize
+    return replace(tiles, stages=max(min(tiles.stages, limit // stage), 1))
 
 
 def upcast(dtype: torch.dtype) -> bool:

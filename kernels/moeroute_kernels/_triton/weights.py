@@ -14,7 +14,6 @@ from moeroute_kernels._triton import config
 
 SUM_ROWS = 64
 SUM_COLUMNS = 128
-GATHER_STAGES = 1
 
 
 @triton.jit
@@ -106,7 +105,7 @@ def mm_weights(
         `out`.
     """
     num_experts, outs, ins = out.shape
-    layout = config.weight_tiles(left.dtype)
+    layout = config.weight_tiles(left.dtype, gathered=bool(gather))
     blocks = triton.cdiv(outs, layout.rows) * triton.cdiv(ins, layout.columns)
     if not blocks * num_experts:
         return out
@@ -129,8 +128,7 @@ def mm_weights(
         ROWS=layout.inner,
         UPCAST=config.upcast(left.dtype),
         num_warps=layout.warps,
-        # the index of a gathered row takes buffers of the pipeline for itself
-        num_stages=layout.stages + (GATHER_STAGES if gather else 0),
+        num_stages=layout.stages,
     )
     return out
 
