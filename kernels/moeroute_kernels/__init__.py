@@ -9,6 +9,7 @@ from moeroute_kernels import reference
 from moeroute_kernels.combine import combine
 from moeroute_kernels.expert_sort import expert_sort
 from moeroute_kernels.gated_lora import gated_lora
+from moeroute_kernels.grouped_lora import grouped_lora, virtual_experts
 from moeroute_kernels.grouped_mm import grouped_mm
 from moeroute_kernels.reference import SortedSlots
 from moeroute_kernels.routed_mlp import routed_mlp
@@ -21,7 +22,9 @@ __all__ = [
     "cuda",
     "expert_sort",
     "gated_lora",
+    "grouped_lora",
     "grouped_mm",
     "reference",
     "routed_mlp",
+    "virtual_experts",
 ]

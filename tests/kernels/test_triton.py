@@ -20,6 +20,7 @@ from moeroute_kernels import (
     combine,
     cuda,
     expert_sort,
+    grouped_lora,
     grouped_mm,
     reference,
     reference_lora,
@@ -200,6 +201,22 @@ def test_gated_lora(
 
     seen, expected = call(lora_module.gated_lora, new), call(reference_lora.gated_lora, old)
     compare("gated_lora", seen, expected, new, old)
+
+
+def test_grouped_lora():
+    sizes, rank, width, out = [3, 0, 21, 7], 4, 48, 40
+    rows = sum(sizes) + 2
+    new = [torch.randn(rows, out), torch.randn(rows, width)]
+    new += [torch.randn(len(sizes), rank, width) * width**-0.5, torch.randn(len(sizes), out, rank)]
+    new = [tensor.requires_grad_() for tensor in new]
+    old = exactly(new)
+    ends = torch.tensor(sizes).cumsum(0).int()
+
+    def by_reference(base: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        middle = reference.grouped_mm(x, lora_a, ends)
+        return base + 1.5 * reference.grouped_mm(middle, lora_b, ends)
+
+    compare("gated_lora", grouped_lora(*new, ends, 1.5), by_reference(*old), new, old)
 
 
 def test_repeats_are_equal_to_the_bit():
