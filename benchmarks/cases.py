@@ -124,6 +124,7 @@ class Benchmark:
         make_inputs: Random inputs of order one for a case; never zeros, which are too fast.
         reference: The definition, differentiable, computed in float32.
         providers: Ours first, then the peers.
+        sized: Whether a name that is in no list tells the sizes of a shape of this op.
     """
 
     name: str
@@ -132,6 +133,11 @@ class Benchmark:
     make_inputs: Callable[[Case], Inputs]
     reference: Callable[[Tensors, Tensors], Tensor]
     providers: tuple[Provider, ...]
+    sized: Callable[[str], bool] = lambda _: False
+
+    def knows(self, shape: str) -> bool:
+        """Tell whether a shape is this op's."""
+        return shape in self.shape_names or self.sized(shape)
 
 
 def select_cases(

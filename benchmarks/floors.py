@@ -11,11 +11,11 @@ from benchmarks.cases import AGAIN, OURS
 from benchmarks.records import Record
 from benchmarks.registry import BENCHMARKS
 from benchmarks.shapes import (
-    EXPERT_SHAPES,
     FLOOR_SHAPES,
     LORA_FLOOR_CASES,
     MANY_EXPERTS,
     MEMORY_SHAPE,
+    expert_shape,
 )
 
 __all__ = ["Row", "Verdict", "all_within", "judge", "noise", "rows_of"]
@@ -151,7 +151,7 @@ def _eager_speedup(rows: list[Row]) -> Verdict:
         row.label: 1 / ratio
         for row in rows
         if row.key[1] == "fwd_bwd"
-        and EXPERT_SHAPES[row.key[2]].num_experts == MANY_EXPERTS
+        and expert_shape(row.key[2]).num_experts == MANY_EXPERTS
         and "eager" in row.records
         and (ratio := row.records["eager"].ours_over_it)
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from statistics import geometric_mean
 
@@ -17,6 +17,7 @@ from benchmarks.registry import BENCHMARKS
 __all__ = ["print_report"]
 
 MEBIBYTE = 2**20
+Limits = Mapping[tuple[str, str, str, int, str, str], float]
 
 
 def _peer_cell(record: Record | None, ours: Record) -> str:
@@ -46,13 +47,24 @@ def _ours_cell(record: Record) -> str:
     return f"{middle} [dim]\\[{low}, {high}][/]"
 
 
-def _speed_table(op: str, mode: str, rows: Sequence[Row]) -> Table:
+def _speed_table(op: str, mode: str, rows: Sequence[Row], limits: Limits) -> Table:
     names = [provider.name for provider in BENCHMARKS[op].providers][1:]
     clock = rows[0].records[OURS].clock
     table = Table(
         title=f"{op}, {mode}: our time / theirs (below 1: we lead), their median {clock} ms"
     )
-    columns = ["shape", "T", "dtype", "ours ms \\[p20, p80]", "N", "error", "A/A", "/ best", *names]
+    columns = [
+        "shape",
+        "T",
+        "dtype",
+        "ours ms \\[p20, p80]",
+        "N",
+        "error",
+        "A/A",
+        "limit",
+        "/ best",
+        *names,
+    ]
     for column in columns:
         left = column in ("shape", "dtype", "/ best", *names)
         table.add_column(column, justify="left" if left else "right", no_wrap=True)
@@ -68,6 +80,7 @@ def _speed_table(op: str, mode: str, rows: Sequence[Row]) -> Table:
             str(ours.rounds),
             f"{ours.error:.0e}",
             same,
+            f"{limits[row.key] / ours.p50_ms:.0%}" if row.key in limits and ours.p50_ms else "-",
             _of_best_cell(row),
             *(_peer_cell(row.records.get(name), ours) for name in names),
         )
@@ -96,7 +109,11 @@ def _memory_table(op: str, rows: Sequence[Row]) -> Table:
 
 
 def print_report(
-    console: Console, records: Sequence[Record], made: Stamp, verdicts: Sequence[Verdict]
+    console: Console,
+    records: Sequence[Record],
+    made: Stamp,
+    verdicts: Sequence[Verdict],
+    limits: Limits,
 ) -> None:
     """Print tables, geometric means, what was skipped and why, and the verdicts.
 
@@ -105,6 +122,7 @@ def print_report(
         records: Of one run.
         made: The run.
         verdicts: Of the promises.
+        limits: Milliseconds that a row needs at the least, by its key; see `roofline`.
     """
     rows = rows_of(records)
     console.print(
@@ -113,8 +131,10 @@ def print_report(
     )
     for (op, mode), group in groupby(rows, key=lambda row: row.key[:2]):
         together = list(group)
-        table = _memory_table(op, together) if mode == "mem" else _speed_table(op, mode, together)
-        console.print(table)
+        if mode == "mem":
+            console.print(_memory_table(op, together))
+        else:
+            console.print(_speed_table(op, mode, together, limits))
     for reason, count in _skips(records).items():
         console.print(f"[dim]skipped {count}x {reason}[/]", highlight=False)
     console.print(f"A/A noise of this run: 90 % of the rows within 1 +- {noise(rows):.3f}")

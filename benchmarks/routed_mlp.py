@@ -26,8 +26,10 @@ from benchmarks.shapes import (
     INPUT_SETS,
     MEMORY_SHAPE,
     MEMORY_TOKENS,
+    OWN_SHAPE,
     ROTATE_BELOW_TOKENS,
     ROUTINGS,
+    expert_shape,
     make_routing,
 )
 
@@ -60,7 +62,7 @@ def make_inputs(case: Case) -> Inputs:
         weights gate_up (E, 2I, H), down (E, H, I); batches of x (T, H), selected_experts (T, K),
         routing_weights (T, K) float32; gradients (T, H).
     """
-    shape, dtype = EXPERT_SHAPES[case.shape_name], DTYPES[case.dtype]
+    shape, dtype = expert_shape(case.shape_name), DTYPES[case.dtype]
     generator = torch.Generator().manual_seed(0)
     # a layer of a released model has a billion weights: they are drawn where they are used
     own = torch.Generator(case.device).manual_seed(0)
@@ -164,7 +166,7 @@ def dense_equal_flops(inputs: Inputs) -> Bound:
 
 def skip_batched(case: Case) -> str:
     """Where batched_mm would copy too much."""
-    shape = EXPERT_SHAPES[case.shape_name]
+    shape = expert_shape(case.shape_name)
     copies = case.tokens * shape.top_k
     if copies <= COPIES_OF_LAYER * shape.num_experts:
         return ""
@@ -176,7 +178,7 @@ def skip_batched(case: Case) -> str:
 
 def skip_eager(case: Case) -> str:
     """Where eager's backward would write too much."""
-    shape = EXPERT_SHAPES[case.shape_name]
+    shape = expert_shape(case.shape_name)
     hit = min(shape.num_experts, case.tokens * shape.top_k)
     size = DTYPES[case.dtype].itemsize * 3 * shape.hidden_size * shape.intermediate_size
     zeros = hit * shape.num_experts * size
@@ -192,6 +194,7 @@ BENCHMARK = Benchmark(
     name="routed_mlp",
     cases=default_cases,
     shape_names=tuple(EXPERT_SHAPES),
+    sized=lambda name: OWN_SHAPE.fullmatch(name) is not None,
     make_inputs=make_inputs,
     reference=reference,
     providers=(

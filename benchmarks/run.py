@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from statistics import median, quantiles
 
 import torch
@@ -24,18 +23,16 @@ from benchmarks.cases import AGAIN, OURS, Benchmark, Bound, Case, Inputs, Provid
 from benchmarks.floors import judge, rows_of
 from benchmarks.gpu_floors import judge_gpu
 from benchmarks.measure import Budget
-from benchmarks.records import ROOT, Record, append_csv, stamp, write_json
+from benchmarks.options import fill, make_parser
+from benchmarks.records import Record, append_csv, stamp, write_json
 from benchmarks.registry import BENCHMARKS
 from benchmarks.report import print_report
-from benchmarks.shapes import DTYPES, GPU_SHAPES, GPU_SUITE_TOKENS, ROUTINGS
+from benchmarks.roofline import limits
+from benchmarks.shapes import GPU_SHAPES, GPU_SUITE_TOKENS
 
 __all__ = ["main", "reference_answer", "run_case"]
 
-MODES = ("fwd", "fwd_bwd", "mem")
-RESULTS = ROOT / "benchmarks" / "results.csv"
-WIDTH = 170
-GPU_SECONDS = 1.0
-"""For the rounds of one row of the GPU suite, which is to take less than nine minutes."""
+WIDTH = 176
 
 
 def _record(case: Case, provider: str, **values: object) -> Record:
@@ -134,75 +131,6 @@ def _timed(
     )
 
 
-def _listed(kind: Callable[[str], object], allowed: Sequence[object] = ()):
-    def parse(text: str) -> list[object]:
-        values = [kind(part.strip()) for part in text.split(",")]
-        for value in values:
-            if allowed and value not in allowed:
-                known = ", ".join(str(one) for one in allowed)
-                raise argparse.ArgumentTypeError(f"unknown {value!r}; use some of {known}")
-        return values
-
-    return parse
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a number from 1 on")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{value} is not a time")
-    return value
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    shapes = sorted({name for one in BENCHMARKS.values() for name in one.shape_names})
-    add = parser.add_argument
-    add("--suite", choices=("cpu", "gpu"), default="cpu", help="which rows are the default")
-    add("--op", type=_listed(str, tuple(BENCHMARKS)), default=list(BENCHMARKS), metavar="NAMES")
-    add("--modes", type=_listed(str, MODES), metavar="NAMES", help=", ".join(MODES))
-    add("--shape", type=_listed(str, shapes), metavar="NAMES", help=", ".join(shapes))
-    add("--tokens", type=_listed(_count), metavar="NUMBERS", help="T, such as 1,16,128,1024")
-    add("--dtype", type=_listed(str, tuple(DTYPES)), metavar="NAMES", help=", ".join(DTYPES))
-    add("--routing", type=_listed(str, ROUTINGS), metavar="NAMES", help=", ".join(ROUTINGS))
-    add("--device", help="a torch device (default: that of the suite)")
-    add("--threads", type=_count, help="of torch's CPU pool (default: torch's own choice)")
-    add("--clock", choices=tuple(measure.CLOCKS), default="wall", help="cpu: with --threads 1")
-    add("--rounds", type=_count, help="for every provider, instead of what fits --seconds")
-    add("--seconds", type=_seconds, help="for the rounds of one row (4; suite gpu: 1)")
-    add("--json", type=Path, metavar="FILE", help="write everything to this file")
-    add("--csv", type=Path, metavar="FILE", default=RESULTS, help="where --append writes to")
-    add("--append", action=argparse.BooleanOptionalAction, default=False, help="keep the rows")
-    add("--check", action="store_true", help="exit with status 1 if a promise is missed")
-    return parser
-
-
-def _fill(options: argparse.Namespace) -> None:
-    """Give what was not asked for the default of the suite.
-
-    Args:
-        options: Are changed.
-    """
-    if options.suite == "cpu":
-        options.device = options.device or "cpu"
-        options.seconds = options.seconds or Budget().seconds
-        return
-    options.device = options.device or "cuda"
-    options.seconds = options.seconds or GPU_SECONDS
-    options.dtype = options.dtype or ["bf16"]
-    options.modes = options.modes or ["fwd", "fwd_bwd"]
-
-
 def _cases(options: argparse.Namespace) -> list[Case]:
     found = []
     for name in options.op:
@@ -210,7 +138,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
         shapes, tokens = options.shape, options.tokens
         if options.suite == "gpu" and name == "routed_mlp":
             shapes, tokens = shapes or list(GPU_SHAPES), tokens or list(GPU_SUITE_TOKENS)
-        known = shapes and [one for one in shapes if one in benchmark.shape_names]
+        known = shapes and [one for one in shapes if benchmark.knows(one)]
         if shapes and not known:
             continue
         found += select_cases(
@@ -249,9 +177,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 1 where --check is given and a promise is missed, 2 where no row fits, else 0.
     """
-    parser = _parser()
+    parser = make_parser(__doc__)
     options = parser.parse_args(arguments)
-    _fill(options)
+    try:
+        fill(options)
+    except ValueError as error:
+        parser.error(str(error))
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         parser.error("this needs a CUDA device, and torch sees none; --device cpu runs on the CPU")
     if options.threads:
@@ -267,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = stamp(options.device)
     records = _run_all(cases, budget, console)
     verdicts = [*judge(records), *judge_gpu(rows_of(records))]
-    print_report(console, records, made, verdicts)
+    print_report(console, records, made, verdicts, limits(rows_of(records), options.device))
     if options.append:
         append_csv(options.csv, records, made)
         console.print(f"appended {len(records)} rows to {options.csv.name}")

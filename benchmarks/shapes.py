@@ -5,6 +5,7 @@ Axes: T tokens, H hidden, I intermediate, E experts, K slots per token.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -31,6 +32,7 @@ __all__ = [
     "ROUTINGS",
     "ExpertShape",
     "LoRAShape",
+    "expert_shape",
     "make_routing",
 ]
 
@@ -77,6 +79,31 @@ _EXPERT_SHAPES = (
 EXPERT_SHAPES: Mapping[str, ExpertShape] = MappingProxyType({s.name: s for s in _EXPERT_SHAPES})
 """Every layer of routed MLPs, by name."""
 
+OWN_SHAPE = re.compile(r"(\d+)x(\d+)-E(\d+)k(\d+)")
+"""How a layer that stands in no list is named: hidden size x intermediate size, E, K."""
+
+
+def expert_shape(name: str) -> ExpertShape:
+    """Look a layer up, or read its sizes off a name such as "2048x768-E128k8".
+
+    Args:
+        name: A key of `EXPERT_SHAPES`, or sizes.
+
+    Raises:
+        ValueError: neither, or sizes that no layer has.
+    """
+    if name in EXPERT_SHAPES:
+        return EXPERT_SHAPES[name]
+    found = OWN_SHAPE.fullmatch(name)
+    if found is None:
+        known = ", ".join(EXPERT_SHAPES)
+        raise ValueError(f"unknown shape {name!r}; use one of {known}, or sizes: 2048x768-E128k8")
+    hidden, inner, experts, slots = map(int, found.groups())
+    if not (hidden and inner and 1 <= slots <= experts):
+        raise ValueError(f"shape {name!r}: every size is at least 1, and K at most E")
+    return ExpertShape(name, hidden, inner, experts, slots)
+
+
 FLOOR_SHAPES = ("E8k2", "E64k8", "E128k8")
 """The shapes that `make bench` times and judges."""
 
@@ -115,6 +142,11 @@ LORA_SHAPES: Mapping[str, LoRAShape] = MappingProxyType(
 
 LORA_FLOOR_CASES = tuple((shape.name, shape.tokens) for shape in LORA_SHAPE_LIST)
 """Name and T of each row that `make bench` times and judges."""
+
+CEILING_SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {"cpu": (1536, 2**25), "cuda": (8192, 2**28)}
+)
+"""Width of the product and number of float32 copied that show what a device does at best."""
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"fp32": torch.float32, "bf16": torch.bfloat16}
