@@ -14,6 +14,7 @@ from moeroute import losses as losses
 from moeroute import routers as routers
 from moeroute.integration import lazy_registration
 from moeroute.layers import MoELayer as MoELayer
+from moeroute.layers.post_step import post_step as post_step
 from moeroute.layers.routed import aux_losses as aux_losses
 from moeroute.methods import MixLoRA as MixLoRA
 from moeroute.methods import MoLoRA as MoLoRA
@@ -23,6 +24,10 @@ from moeroute.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from moeroute.integration.adapters.files import save_adapter as save_adapter
+    from moeroute.integration.adapters.inputs import (
+        accept_routing_inputs as accept_routing_inputs,
+    )
+    from moeroute.integration.adapters.inputs import routing_inputs as routing_inputs
     from moeroute.integration.adapters.peft_method import MoeRouteConfig as MoeRouteConfig
     from moeroute.integration.adapters.wrap import unwrap_model as unwrap_model
     from moeroute.integration.adapters.wrap import wrap_model as wrap_model
@@ -37,13 +42,16 @@ __all__ = [
     "MoeRouteConfig",
     "RoutingCallback",
     "__version__",
+    "accept_routing_inputs",
     "aux_losses",
     "doctor",
     "get_method",
     "layers",
     "list_methods",
     "losses",
+    "post_step",
     "routers",
+    "routing_inputs",
     "save_adapter",
     "track_routing",
     "unwrap_model",
@@ -56,7 +64,9 @@ def __getattr__(name: str) -> Any:
     module = {
         "MoeRouteConfig": "adapters.peft_method",
         "RoutingCallback": "callback",
+        "accept_routing_inputs": "adapters.inputs",
         "doctor": "doctor",
+        "routing_inputs": "adapters.inputs",
         "save_adapter": "adapters.files",
         "track_routing": "track",
         "unwrap_model": "adapters.wrap",

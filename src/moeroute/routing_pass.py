@@ -11,20 +11,35 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from moeroute.types import RouterInput
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from torch import Tensor
-
     from moeroute.types import RoutingRecord
 
     Listener = Callable[[RoutingRecord], None]
+    Memory = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleInputs:
+    """What the caller says of each sample, beside its tokens.
+
+    Attributes:
+        task_ids: (B,) int64.
+        embeddings: (B, D) floating.
+    """
+
+    task_ids: Tensor | None = None
+    embeddings: Tensor | None = None
 
 
 class RoutingPass:
@@ -40,7 +55,11 @@ class RoutingPass:
         self.records: dict[str, RoutingRecord] = {}
         self.token_ids: Tensor | None = None
         self.token_mask: Tensor | None = None
-        self.task_ids: Tensor | None = None
+        self.samples = SampleInputs()
+        self.memory: Memory | None = None
+        self._announced: SampleInputs | None = None
+        self._standing = SampleInputs()
+        self._memories: WeakKeyDictionary[Any, Memory] | None = None
         self._unread_losses = False
         self._listeners: tuple[Listener, ...] = ()
 
@@ -49,27 +68,68 @@ class RoutingPass:
         *,
         token_ids: Tensor | None = None,
         token_mask: Tensor | None = None,
-        task_ids: Tensor | None = None,
+        samples: SampleInputs | None = None,
+        cache: Any = None,
+        remembers: bool = False,
     ) -> None:
-        """Open the pass for one forward: token_ids and token_mask are (B, S), task_ids is (B,)."""
+        """Open the pass for one forward.
+
+        Args:
+            token_ids: (B, S).
+            token_mask: (B, S) bool.
+            samples: What this call says of its samples; None takes what was announced for it, or
+                what stands for every call.
+            cache: The key-value cache that this call continues, or None.
+            remembers: Whether sites may keep decisions for later calls with the same cache.
+        """
         if self._unread_losses:
             warnings.warn(
                 f"The auxiliary losses of {len(self.records)} routed layers reached no loss: the "
-                "last "
-                "training forward returned no `loss` and nobody asked for them. Pass `labels` to "
-                "the "
-                "model, or add `moeroute.aux_losses(model).total` to your loss.",
+                "last training forward returned no `loss` and nobody asked for them. Pass `labels` "
+                "to the model, or add `moeroute.aux_losses(model).total` to your loss.",
                 stacklevel=2,
             )
         self.records = {}
         self._unread_losses = False
-        self.token_ids, self.token_mask, self.task_ids = token_ids, token_mask, task_ids
+        self.token_ids, self.token_mask = token_ids, token_mask
+        self.samples = samples or self._announced or self._standing
+        self._announced = None
+        self.memory = (self._remembered(cache) or {}) if remembers else None
         self.is_open = True
 
-    def end(self) -> None:
-        """Close the pass; records stay readable until the next `begin`."""
+    def end(self, *, cache: Any = None) -> None:
+        """Close the pass; records stay readable until the next `begin`.
+
+        What routers look at in a recomputation (the mask, the samples) stays until then as well:
+        with activation checkpointing, a forward with other samples must wait for this one's
+        backward.
+
+        Args:
+            cache: The key-value cache that the call returned, which takes the sites' memory along.
+        """
         self.is_open = False
-        self.token_ids = self.token_mask = self.task_ids = None
+        if self.memory and cache is not None:
+            if self._memories is None:  # made late: it cannot be pickled
+                self._memories = WeakKeyDictionary()
+            self._memories[cache] = self.memory
+
+    def _remembered(self, cache: Any) -> Memory | None:
+        if self._memories is None or cache is None:
+            return None
+        return self._memories.get(cache)
+
+    def announce(self, samples: SampleInputs) -> None:
+        """Give the next call's samples to a root that will not be handed them."""
+        self._announced = samples
+
+    @contextmanager
+    def standing(self, samples: SampleInputs) -> Iterator[None]:
+        """Let `samples` hold for every call inside the block that says nothing of its own."""
+        before, self._standing = self._standing, samples
+        try:
+            yield
+        finally:
+            self._standing = before
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start with no records: those hold tensors of an autograd graph."""
@@ -111,20 +171,41 @@ class RoutingPass:
         finally:
             self._listeners = tuple(kept for kept in self._listeners if kept is not listener)
 
-    def router_input(self, hidden_states: Tensor) -> RouterInput:
+    def router_input(self, hidden_states: Tensor, site: str = "") -> RouterInput:
         """Pack a layer's (..., H) input with what the pass knows of its tokens."""
-        width = hidden_states.shape[-1]
-        batch = hidden_states.shape[0] if hidden_states.ndim == 3 else 1
-        tokens = hidden_states.reshape(-1, width)
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         count = tokens.shape[0]
-        length = count // batch if batch else 0
+        shape = self._sequence_shape(hidden_states, count)
         return RouterInput(
             hidden_states=tokens,
-            sequence_shape=(batch, length),
+            sequence_shape=shape,
             token_mask=_flat(self.token_mask, count),
             token_ids=_flat(self.token_ids, count),
-            task_ids=self.task_ids,
+            task_ids=_for_batch(self.samples.task_ids, shape[0]),
+            sample_embeddings=_for_batch(self.samples.embeddings, shape[0]),
+            memory=None if self.memory is None else self.memory.setdefault(site, {}),
         )
+
+    def _sequence_shape(self, hidden_states: Tensor, count: int) -> tuple[int, int]:
+        """(B, S) of the tokens; a layer that was handed them flat is told by the root's ids."""
+        if hidden_states.ndim == 3:
+            return hidden_states.shape[0], hidden_states.shape[1]
+        ids = self.token_ids
+        if ids is not None and ids.ndim == 2 and ids.numel() == count:
+            return ids.shape[0], ids.shape[1]
+        return 1, count
+
+
+def _for_batch(values: Tensor | None, batch: int) -> Tensor | None:
+    """One row a sample: `generate` repeats each sample for its beams, in order."""
+    if values is None or batch == values.shape[0]:
+        return values
+    if values.shape[0] == 0 or batch % values.shape[0]:
+        raise ValueError(
+            f"task_ids or sample_embeddings speak of {values.shape[0]} samples but the batch has "
+            f"{batch}; give one row a sample"
+        )
+    return values.repeat_interleave(batch // values.shape[0], dim=0)
 
 
 def _flat(side_input: Tensor | None, count: int) -> Tensor | None:

@@ -5,7 +5,7 @@ Axes: B batch, S sequence, T tokens = B * S, H hidden, E experts, K slots per to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -25,6 +25,10 @@ class RouterInput:
         token_mask: (T,) bool, False marks padding; None means that every token is real.
         token_ids: (T,) int64 vocabulary ids, for hash routing.
         task_ids: (B,) int64, for task-level routing.
+        sample_embeddings: (B, D) what the caller knows of each sample, such as the embedding of its
+            instruction.
+        memory: What this site keeps from the first call of a generation to the last; None where no
+            cache is in use and in training.
         state: (T, S_r) what the previous routed layer handed on.
     """
 
@@ -33,15 +37,16 @@ class RouterInput:
     token_mask: Tensor | None = None
     token_ids: Tensor | None = None
     task_ids: Tensor | None = None
+    sample_embeddings: Tensor | None = None
+    memory: MutableMapping[str, Tensor] | None = None
     state: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check ranks and sizes; nothing here reads device memory."""
         if self.hidden_states.ndim != 2:
             raise ValueError(
-                f"hidden_states has shape {tuple(self.hidden_states.shape)}; a router takes (T, "
-                "H), "
-                "so flatten the batch and sequence axes first"
+                f"hidden_states has shape {tuple(self.hidden_states.shape)}; a router takes "
+                "(T, H), so flatten the batch and sequence axes first"
             )
         batch, length = self.sequence_shape
         if batch * length != self.hidden_states.shape[0]:
@@ -177,6 +182,8 @@ class RoutingRecord:
         layer_index: Position in depth; -1 where the host has none.
         routing: The router's answer.
         token_mask: (T,) bool, False marks padding; None means all real.
+        sequence_shape: (B, S) with B * S = T, for losses over samples; None if unknown.
+        task_ids: (B,) int64, for losses that know tasks; None if nobody gave them.
         router: The router, for losses that read its rows.
         experts: The experts, for losses that ask them for activations.
         losses: What this layer asks to be charged.
@@ -186,6 +193,8 @@ class RoutingRecord:
     layer_index: int
     routing: RouterOutput
     token_mask: Tensor | None = None
+    sequence_shape: tuple[int, int] | None = None
+    task_ids: Tensor | None = None
     router: nn.Module | None = None
     experts: nn.Module | None = None
     losses: tuple[AuxLoss, ...] = ()

@@ -22,6 +22,12 @@ def make_llama():
 
 
 @pytest.fixture
+def name():
+    """Each test of the suite is parametrised by the name of a method."""
+    raise AssertionError("parametrise by name")
+
+
+@pytest.fixture
 def batch():
     torch.manual_seed(1)
     ids = torch.randint(0, 61, (3, 9))

@@ -6,14 +6,15 @@ import sys
 
 import pytest
 import torch
+from contracts.method_cases import case_of, skip_exceptions, small, with_tasks
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import moeroute
 from moeroute.integration.adapters.site_host import SiteHost
+from moeroute.routing_pass import SampleInputs
 
 METHODS = moeroute.list_methods()
-SMALL = {"r": 3, "num_experts": 4}
 
 RELOAD = """
 import sys
@@ -24,15 +25,23 @@ from transformers import AutoModelForCausalLM
 folder = sys.argv[1]
 base = AutoModelForCausalLM.from_pretrained(folder + "/base")
 model = PeftModel.from_pretrained(base, folder + "/adapter").eval()
-logits = model(input_ids=torch.load(folder + "/ids.pt")).logits
+logits = model(**torch.load(folder + "/batch.pt")).logits
 print((logits - torch.load(folder + "/expected.pt")).abs().max().item())
 """
 
 pytestmark = pytest.mark.parametrize("name", METHODS)
 
 
-def small(name, **fields):
-    return moeroute.get_method(name)(**(SMALL | fields))
+@pytest.fixture(autouse=True)
+def _only_what_applies(request, name):
+    skip_exceptions(name, request.node.name)
+
+
+@pytest.fixture
+def batch(name):
+    torch.manual_seed(1)
+    ids = torch.randint(0, 61, (3, 9))
+    return with_tasks(name, {"input_ids": ids, "labels": ids.clone()})
 
 
 def wake(model, scale=0.3):
@@ -43,6 +52,13 @@ def wake(model, scale=0.3):
             if "moeroute_site" in key:
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def tell_tasks(host, name, samples):
+    """Give a layer that is called by itself the task of each sample, if its router asks."""
+    task_ids = with_tasks(name, {"input_ids": torch.zeros(samples, 1)}).get("task_ids")
+    host.routing_pass.begin(samples=SampleInputs(task_ids=task_ids))
+    host.routing_pass.end()
 
 
 def checkpoint_layers(model, settings):
@@ -139,7 +155,7 @@ def test_a_new_process_needs_only_the_import(name, make_llama, batch, tmp_path):
     ).eval()
     torch.save(model(**batch).logits, tmp_path / "expected.pt")
     model.save_pretrained(tmp_path / "adapter")
-    torch.save(batch["input_ids"], tmp_path / "ids.pt")
+    torch.save(batch, tmp_path / "batch.pt")
     done = subprocess.run(
         [sys.executable, "-c", RELOAD, str(tmp_path)], capture_output=True, text=True, check=True
     )
@@ -149,7 +165,8 @@ def test_a_new_process_needs_only_the_import(name, make_llama, batch, tmp_path):
 def test_two_adapters_on_one_base(name, make_llama, batch):
     model = wake(wrapped(make_llama, name)).eval()
     first = model(**batch).logits
-    moeroute.wrap_model(model, small(name, r=2), adapter_name="second")
+    other = small(name, **case_of(name).second)
+    moeroute.wrap_model(model, other, adapter_name="second")
     assert torch.equal(model(**batch).logits, first)
     model.set_adapter("second")
     assert torch.equal(model(**batch).logits, make_llama()(**batch).logits)
@@ -175,8 +192,10 @@ def test_generate_with_a_cache_equals_without(name, make_llama, batch):
     model = wake(wrapped(make_llama, name)).eval()
     prompt = batch["input_ids"][:, :5]
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    cached = model.generate(input_ids=prompt, use_cache=True, **settings)
-    assert torch.equal(cached, model.generate(input_ids=prompt, use_cache=False, **settings))
+    with moeroute.routing_inputs(model, task_ids=batch.get("task_ids")):
+        cached = model.generate(input_ids=prompt, use_cache=True, **settings)
+        again = model.generate(input_ids=prompt, use_cache=False, **settings)
+    assert torch.equal(cached, again)
 
 
 def test_gradient_checkpointing_changes_no_gradient(name, make_llama, batch):
@@ -227,9 +246,10 @@ def test_a_copy_is_independent(name, make_llama, batch):
 
 def test_tokens_do_not_depend_on_their_neighbours(name, make_llama):
     model = wake(wrapped(make_llama, name)).double().eval()
-    ids = torch.randint(0, 61, (4, 7))
-    whole = model(input_ids=ids).logits
-    single = torch.cat([model(input_ids=row[None]).logits for row in ids])
+    inputs = with_tasks(name, {"input_ids": torch.randint(0, 61, (4, 7))})
+    whole = model(**inputs).logits
+    rows = [{key: value[row : row + 1] for key, value in inputs.items()} for row in range(4)]
+    single = torch.cat([model(**row).logits for row in rows])
     torch.testing.assert_close(whole, single, rtol=1e-9, atol=1e-9)
 
 
@@ -241,12 +261,7 @@ def test_permuting_experts_leaves_the_output_unchanged(name, make_llama, batch):
         for key, parameter in model.named_parameters():
             if "moeroute_site" not in key:
                 continue
-            if key.endswith("lora_a"):
-                parameter.copy_(parameter.unflatten(0, (4, 3))[order].flatten(0, 1))
-            elif key.endswith("lora_b"):
-                parameter.copy_(parameter.unflatten(1, (4, 3))[:, order].flatten(1))
-            else:
-                parameter.copy_(parameter[order])
+            parameter.copy_(case_of(name).permute(key, parameter, order))
     torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -254,7 +269,10 @@ def test_equals_get_peft_model(name, make_llama, batch):
     torch.manual_seed(5)
     ours = moeroute.wrap_model(make_llama(), small(name))
     torch.manual_seed(5)
-    theirs = get_peft_model(make_llama(), moeroute.MoeRouteConfig(method=name, method_fields=SMALL))
+    fields = dict(case_of(name).fields)
+    theirs = get_peft_model(
+        make_llama(), moeroute.MoeRouteConfig(method=name, method_fields=fields)
+    )
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert torch.equal(wake(ours)(**batch).logits, wake(theirs)(**batch).logits)
 
@@ -296,7 +314,9 @@ def test_low_precision_base_keeps_its_adapter_in_float32(name, make_llama, batch
 def test_no_tokens_no_trouble(name, make_llama):
     model = wake(wrapped(make_llama, name)).train()
     host = next(module for module in model.modules() if isinstance(module, SiteHost))
-    for shape in ((0, 5, 32), (2, 0, 32), (0, 32)):
+    shapes = [(0, 5, 32), (2, 0, 32)]
+    for shape in shapes if case_of(name).by_task else [*shapes, (0, 32)]:
+        tell_tasks(host, name, shape[0])
         out = host(torch.zeros(shape, requires_grad=True))
         assert out.shape[:-1] == shape[:-1]
         out.sum().backward()
@@ -307,15 +327,16 @@ def test_strided_and_expanded_inputs(name, make_llama):
     host = next(module for module in model.modules() if isinstance(module, SiteHost))
     token = torch.randn(1, 1, 32)
     expanded = token.expand(2, 3, 32)
-    torch.testing.assert_close(host(expanded), host(expanded.contiguous()))
     strided = torch.randn(2, 32, 5).transpose(1, 2)
+    tell_tasks(host, name, 2)
+    torch.testing.assert_close(host(expanded), host(expanded.contiguous()))
     torch.testing.assert_close(host(strided), host(strided.contiguous()))
 
 
 def test_trains_with_trainer_and_resumes_with_the_same_losses(name, make_llama, batch, tmp_path):
     from transformers import Trainer, TrainingArguments
 
-    rows = [{"input_ids": ids, "labels": ids.clone()} for ids in batch["input_ids"].repeat(4, 1)]
+    rows = [{key: value[row % 3] for key, value in batch.items()} for row in range(12)]
 
     def train(steps, folder, resume=None):
         torch.manual_seed(7)
@@ -327,6 +348,7 @@ def test_trains_with_trainer_and_resumes_with_the_same_losses(name, make_llama, 
             learning_rate=0.01,
             logging_steps=1,
             save_steps=2,
+            remove_unused_columns=False,
             report_to=[],
             disable_tqdm=True,
             use_cpu=True,

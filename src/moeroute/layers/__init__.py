@@ -9,6 +9,9 @@ from moeroute.layers.lora_ffn import LoRAFeedForwardMixture as LoRAFeedForwardMi
 from moeroute.layers.lora_mixture import LoRAMixture as LoRAMixture
 from moeroute.layers.module_experts import ModuleExperts as ModuleExperts
 from moeroute.layers.moe import MoELayer as MoELayer
+from moeroute.layers.post_step import post_step as post_step
+from moeroute.layers.ragged_bank import RaggedLoRABank as RaggedLoRABank
+from moeroute.layers.shared_down_bank import SharedDownLoRABank as SharedDownLoRABank
 
 __all__ = [
     "ExpertActivation",
@@ -18,6 +21,9 @@ __all__ = [
     "MLPExperts",
     "MoELayer",
     "ModuleExperts",
+    "RaggedLoRABank",
+    "SharedDownLoRABank",
     "SwiGLUExperts",
     "SwiGLUFeedForward",
+    "post_step",
 ]

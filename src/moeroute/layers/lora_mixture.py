@@ -10,7 +10,6 @@ from moeroute.layers.routed import route
 from moeroute.routing_pass import RoutingPass
 
 if TYPE_CHECKING:
-    from moeroute.layers.lora_bank import LoRABank
     from moeroute.types import AuxLoss
 
 
@@ -21,7 +20,7 @@ class LoRAMixture(nn.Module):
 
     Args:
         router: A `moeroute.types.Router` over the linear's input.
-        bank: The experts.
+        bank: The experts: a module that is called as `LoRABank` is.
         losses: What this layer asks to be charged in training.
         site: Full module name of the linear.
         layer_index: Its position in depth, -1 if it has none.
@@ -39,7 +38,7 @@ class LoRAMixture(nn.Module):
         self,
         *,
         router: nn.Module,
-        bank: LoRABank,
+        bank: nn.Module,
         losses: tuple[AuxLoss, ...] = (),
         site: str = "",
         layer_index: int = -1,

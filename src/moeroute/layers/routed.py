@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from moeroute.layers.post_step import in_backward, stateful_parts
 from moeroute.losses.total import LossReport, total_loss
 from moeroute.routers.collect import is_router_host
 from moeroute.routing_pass import RoutingPass
@@ -43,20 +44,27 @@ def route(layer: RoutedLayer, hidden_states: Tensor, experts: nn.Module | None) 
         The routing of the T flattened tokens.
     """
     routing_pass = layer.routing_pass
-    router_input = routing_pass.router_input(hidden_states)
+    router_input = routing_pass.router_input(hidden_states, layer.site)
     routing = layer.router(router_input)
     charged = layer.training and bool(layer.losses)
-    if routing_pass.wants(charged=charged):
+    shown = layer.training and routing_pass.is_open and not in_backward()
+    watching = stateful_parts(layer.router) if shown else []
+    if watching or routing_pass.wants(charged=charged):
         record = RoutingRecord(
             site=layer.site,
             layer_index=layer.layer_index,
             routing=routing,
             token_mask=router_input.token_mask,
+            sequence_shape=router_input.sequence_shape,
+            task_ids=router_input.task_ids,
             router=layer.router,
             experts=experts,
             losses=layer.losses,
         )
-        routing_pass.keep(record, charged=charged)
+        for part in watching:
+            part.observe(record)
+        if routing_pass.wants(charged=charged):
+            routing_pass.keep(record, charged=charged)
     return routing
 
 
@@ -104,8 +112,7 @@ def aux_losses(model: nn.Module) -> LossReport:
     if not passes:
         raise ValueError(
             f"{type(model).__name__} holds no routed layer, so it has no auxiliary losses; build "
-            "it with "
-            "moeroute layers, or wrap it with moeroute.wrap_model"
+            "it with moeroute layers, or wrap it with moeroute.wrap_model"
         )
     return total_loss([record for routing_pass in passes for record in routing_pass.read()])
 

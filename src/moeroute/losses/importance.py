@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moeroute.losses.masked import masked_mean
+from moeroute.ops.gates import expert_table
 from moeroute.types import RoutingRecord
 
 EPS = 1e-10
@@ -39,11 +39,9 @@ class ImportanceLoss:
     def __call__(self, record: RoutingRecord) -> Tensor:
         """The loss of one layer: a scalar, unweighted."""
         routing = record.routing
-        size, ids = routing.num_experts, routing.selected_experts
-        filled = (ids >= 0) & (ids < size)
-        weights = routing.routing_weights.masked_fill(~filled, 0.0)
-        table = weights.new_zeros(ids.shape[0], size)
-        table = table.scatter_add(1, torch.where(filled, ids, 0), weights)  # (T, E)
+        table = expert_table(
+            routing.selected_experts, routing.routing_weights, routing.num_experts
+        )  # (T, E)
         importance = masked_mean(table, record.token_mask)
         spread = (importance - importance.mean()).square().mean()
         return spread / (importance.mean().square() + EPS)

@@ -17,10 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from moeroute.layers.lora_bank import LoRABank
 from moeroute.layers.lora_ffn import LoRAFeedForwardMixture
-from moeroute.losses.balance import BalanceLoss
 from moeroute.methods.checks import check_lora_fields, check_top_k
+from moeroute.methods.parts import balance_losses, lora_bank
 from moeroute.routers.composed import ComposedRouter
 from moeroute.routers.scores import LinearScore
 from moeroute.routers.select import TopK
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from moeroute.types import AuxLoss, SiteKind
+    from moeroute.types import SiteKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +92,9 @@ class MixLoRA:
     def build(self, site: Site, shared: nn.Module | None, /) -> LoRAFeedForwardMixture:
         """One router and a bank for each projection of the block."""
         banks = {
-            role: self._bank(site, role) for role in ("gate", "up", "down") if role in site.parts
+            role: lora_bank(self, site.widths[role], self.num_experts)
+            for role in ("gate", "up", "down")
+            if role in site.parts
         }
         router = ComposedRouter(
             LinearScore(site.in_features, self.num_experts, init_std=0.02),
@@ -103,22 +104,7 @@ class MixLoRA:
             router=router,
             banks=banks,
             parts=site.parts,
-            losses=self._losses(),
+            losses=balance_losses(self.router_aux_loss_coef),
             site=site.name,
             layer_index=site.layer_index,
-        )
-
-    def _losses(self) -> tuple[AuxLoss, ...]:
-        return (BalanceLoss(weight=self.router_aux_loss_coef),) if self.router_aux_loss_coef else ()
-
-    def _bank(self, site: Site, role: str) -> LoRABank:
-        in_features, out_features = site.widths[role]
-        return LoRABank(
-            num_experts=self.num_experts,
-            r=self.r,
-            in_features=in_features,
-            out_features=out_features,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            use_rslora=self.use_rslora,
         )

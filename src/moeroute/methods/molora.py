@@ -6,9 +6,8 @@
 Source: Pushing Mixture of Experts to the Limit: Extremely Parameter Efficient MoE for Instruction
 Tuning, Zadouri et al., 2023, arXiv 2309.05444, section 2; the equation is read from the paper's
 abstract and from later descriptions of it. Differences from the paper: the paper routes by the
-    token's hidden
-state in T5; here the linear's input routes. `top_k` is our option: the top-k probabilities,
-renormalised.
+token's hidden state in T5; here the linear's input routes. `top_k` is our option: the top-k
+probabilities, renormalised.
 """
 
 from __future__ import annotations
@@ -16,10 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from moeroute.layers.lora_bank import LoRABank
-from moeroute.layers.lora_mixture import LoRAMixture
-from moeroute.losses.balance import BalanceLoss
 from moeroute.methods.checks import check_lora_fields, check_top_k
+from moeroute.methods.parts import balance_losses, linear_mixture, lora_bank
 from moeroute.routers.composed import ComposedRouter
 from moeroute.routers.scores import LinearScore
 from moeroute.routers.select import All, TopK
@@ -30,7 +27,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from moeroute.types import AuxLoss, SiteKind
+    from moeroute.layers.lora_mixture import LoRAMixture
+    from moeroute.types import SiteKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +59,8 @@ class MoLoRA:
         token.
 
     Example:
-        >>> wrapped = moeroute.wrap_model(model, MoLoRA(r=4, num_experts=8),
-        target_modules=["q_proj"])
+        >>> method = MoLoRA(r=4, num_experts=8)
+        >>> wrapped = moeroute.wrap_model(model, method, target_modules=["q_proj"])
     """
 
     paper: ClassVar[Paper] = Paper(
@@ -88,8 +86,8 @@ class MoLoRA:
         if self.router_aux_loss_coef and self.top_k is None:
             raise ValueError(
                 f"MoLoRA: router_aux_loss_coef={self.router_aux_loss_coef} has no effect on a soft "
-                "mixture, "
-                "whose experts all carry the same load; set top_k, or router_aux_loss_coef=0"
+                "mixture, whose experts all carry the same load; set top_k, or "
+                "router_aux_loss_coef=0"
             )
 
     def build_shared(self, sites: Sequence[Site], /) -> nn.Module | None:
@@ -99,24 +97,7 @@ class MoLoRA:
     def build(self, site: Site, shared: nn.Module | None, /) -> LoRAMixture:
         """One router and one bank for the linear."""
         select = All() if self.top_k is None else TopK(self.top_k, normalize=True)
-        bank = LoRABank(
-            num_experts=self.num_experts,
-            r=self.r,
-            in_features=site.in_features,
-            out_features=site.out_features,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            use_rslora=self.use_rslora,
-        )
-        losses: tuple[AuxLoss, ...] = ()
-        if self.router_aux_loss_coef:
-            losses = (BalanceLoss(weight=self.router_aux_loss_coef),)
-        return LoRAMixture(
-            router=ComposedRouter(
-                LinearScore(site.in_features, self.num_experts, init_std=0.02), select
-            ),
-            bank=bank,
-            losses=losses,
-            site=site.name,
-            layer_index=site.layer_index,
-        )
+        score = LinearScore(site.in_features, self.num_experts, init_std=0.02)
+        bank = lora_bank(self, (site.in_features, site.out_features), self.num_experts)
+        losses = balance_losses(self.router_aux_loss_coef)
+        return linear_mixture(site, ComposedRouter(score, select), bank, losses)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moeroute.layers.routed import losses_lost_their_graph
 from moeroute.losses.total import total_loss
-from moeroute.routing_pass import RoutingPass
+from moeroute.routing_pass import RoutingPass, SampleInputs
 
 IGNORE_INDEX = -100
 
@@ -20,14 +20,22 @@ class OpenPass:
     def __init__(self, routing_pass: RoutingPass) -> None:
         self.routing_pass = routing_pass
 
-    def __call__(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Open the pass with the ids and the padding mask of this call."""
+    def __call__(
+        self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Open the pass with what this call says, and keep from the root what is not for it."""
+        kwargs = dict(kwargs)
+        samples = take_samples(kwargs)
         token_ids = kwargs.get("input_ids", args[0] if args else None)
         tokens = token_ids if token_ids is not None else kwargs.get("inputs_embeds")
         self.routing_pass.begin(
             token_ids=token_ids if isinstance(token_ids, Tensor) else None,
             token_mask=token_mask(kwargs.get("attention_mask"), tokens),
+            samples=samples,
+            cache=kwargs.get("past_key_values"),
+            remembers=not root.training,
         )
+        return args, kwargs
 
 
 class ClosePass:
@@ -45,7 +53,7 @@ class ClosePass:
             RuntimeError: The losses have no graph, so that routers would silently not learn from
                 them.
         """
-        self.routing_pass.end()
+        self.routing_pass.end(cache=getattr(output, "past_key_values", None))
         if not (root.training and torch.is_grad_enabled()):
             return None
         records = tuple(record for record in self.routing_pass.records.values() if record.losses)
@@ -54,10 +62,9 @@ class ClosePass:
         if losses_lost_their_graph(records):
             raise RuntimeError(
                 f"the auxiliary losses of {len(records)} routed layers (first: {records[0].site}) "
-                "have no gradient: "
-                "reentrant activation checkpointing runs the layers without a graph. Use "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}, or set the loss weights '
-                "to 0"
+                "have no gradient: reentrant activation checkpointing runs the layers without a "
+                'graph. Use gradient_checkpointing_kwargs={"use_reentrant": False}, or set the '
+                "loss weights to 0"
             )
         loss = read_loss(output)
         if loss is None:
@@ -86,6 +93,14 @@ def disconnect(root: nn.Module) -> None:
         for key in [key for key, hook in hooks.items() if isinstance(hook, (OpenPass, ClosePass))]:
             del hooks[key]
             with_kwargs.pop(key, None)
+
+
+def take_samples(kwargs: dict[str, Any]) -> SampleInputs | None:
+    """Take `task_ids` and `sample_embeddings` out of a call's keywords; None if it has neither."""
+    task_ids, embeddings = kwargs.pop("task_ids", None), kwargs.pop("sample_embeddings", None)
+    if task_ids is None and embeddings is None:
+        return None
+    return SampleInputs(task_ids=task_ids, embeddings=embeddings)
 
 
 def token_mask(attention_mask: Any, tokens: Tensor | None) -> Tensor | None:

@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from moeroute.integration.adapters.inputs import accept_routing_inputs
 from moeroute.integration.adapters.peft_method import MoeRouteConfig
 from moeroute.integration.adapters.root_hooks import disconnect
 from moeroute.integration.adapters.site_host import SiteHost
@@ -52,7 +53,7 @@ def wrap_model(
             f"{type(model).__name__} carries an adapter already, at {foreign[0]}; unwrap it first "
             "(moeroute.unwrap_model, or unload() of the PeftModel that made it)"
         )
-    return get_peft_model(model, config, adapter_name=adapter_name)
+    return accept_routing_inputs(get_peft_model(model, config, adapter_name=adapter_name))
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
@@ -88,8 +89,7 @@ def _make_config(method: Method, peft_fields: dict[str, Any]) -> MoeRouteConfig:
     if unknown:
         raise ValueError(
             f"unknown field {unknown[0]!r}: neither of {type(method).__name__} nor of "
-            "MoeRouteConfig "
-            f"({', '.join(sorted(known))}). Fields of the method belong into "
+            f"MoeRouteConfig ({', '.join(sorted(known))}). Fields of the method belong into "
             f"{type(method).__name__}(...)"
         )
     return MoeRouteConfig(method=method, **peft_fields)
