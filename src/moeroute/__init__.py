@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         accept_routing_inputs as accept_routing_inputs,
     )
     from moeroute.integration.adapters.inputs import routing_inputs as routing_inputs
+    from moeroute.integration.adapters.mix import mix_adapters as mix_adapters
     from moeroute.integration.adapters.peft_method import MoeRouteConfig as MoeRouteConfig
     from moeroute.integration.adapters.wrap import unwrap_model as unwrap_model
     from moeroute.integration.adapters.wrap import wrap_model as wrap_model
@@ -49,6 +50,7 @@ __all__ = [
     "layers",
     "list_methods",
     "losses",
+    "mix_adapters",
     "post_step",
     "routers",
     "routing_inputs",
@@ -66,6 +68,7 @@ def __getattr__(name: str) -> Any:
         "RoutingCallback": "callback",
         "accept_routing_inputs": "adapters.inputs",
         "doctor": "doctor",
+        "mix_adapters": "adapters.mix",
         "routing_inputs": "adapters.inputs",
         "save_adapter": "adapters.files",
         "track_routing": "track",

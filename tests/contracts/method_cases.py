@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import moeroute
+from moeroute.methods.existing import LoRAExpert
 
 SMALL: Mapping[str, Any] = MappingProxyType({"r": 3, "num_experts": 4})
 NUM_EXPERTS, RANK = 4, 3
@@ -35,6 +36,7 @@ class MethodCase:
         fields: Of the small method.
         second: Fields that another small method of the kind has.
         by_task: Whether its routers need task_ids.
+        trains: Whether it has parameters.
         permute: (key, parameter, order) to the parameter with its experts in another order.
         exceptions: Name of a test of the suite -> why it cannot hold for this method.
     """
@@ -42,11 +44,60 @@ class MethodCase:
     fields: Mapping[str, Any] = field(default_factory=lambda: SMALL)
     second: Mapping[str, Any] = field(default_factory=lambda: {"r": 2})
     by_task: bool = False
+    trains: bool = True
     permute: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor] = permute_experts
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
 
-CASES: Mapping[str, MethodCase] = MappingProxyType({})
+LLAMA_SITES = tuple(
+    f"model.layers.{layer}.{part}_proj"
+    for layer in range(2)
+    for part in (
+        *(f"self_attn.{letter}" for letter in "qkvo"),
+        *(f"mlp.{word}" for word in ("gate", "up", "down")),
+    )
+)
+EXISTING: Mapping[str, Any] = MappingProxyType(
+    {
+        "sites": LLAMA_SITES,
+        "experts": tuple(
+            LoRAExpert(
+                name=name,
+                ranks=(RANK,) * len(LLAMA_SITES),
+                scalings=(2.0,) * len(LLAMA_SITES),
+            )
+            for name in ("math", "code", "law", "art")
+        ),
+    }
+)
+"""What `mix_adapters` fills in for four adapters of every linear of the suite's model."""
+
+NEEDS_ADAPTERS = {
+    "test_defaults_build_on_any_model_that_has_the_site": "it mixes adapters that exist",
+}
+NOTHING_TRAINS = "it trains nothing"
+UNTRAINED = NEEDS_ADAPTERS | {
+    test: NOTHING_TRAINS
+    for test in (
+        "test_base_is_frozen_and_everything_added_trains",
+        "test_gradient_checkpointing_changes_no_gradient",
+        "test_compiled_training_step_gives_the_same_gradients",
+        "test_autocast_agrees_with_full_precision",
+        "test_low_precision_base_keeps_its_adapter_in_float32",
+        "test_trains_with_trainer_and_resumes_with_the_same_losses",
+    )
+}
+
+CASES: Mapping[str, MethodCase] = MappingProxyType(
+    {
+        "arrow": MethodCase(
+            fields={"top_k": 2, **EXISTING},
+            second={"top_k": 1},
+            trains=False,
+            exceptions=UNTRAINED,
+        ),
+    }
+)
 
 
 def case_of(name: str) -> MethodCase:

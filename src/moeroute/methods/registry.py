@@ -6,11 +6,13 @@ import difflib
 from dataclasses import asdict, fields
 from typing import Any
 
+from moeroute.methods.arrow import Arrow
 from moeroute.methods.mixlora import MixLoRA
 from moeroute.methods.molora import MoLoRA
 from moeroute.types import Method
 
 METHODS: dict[str, type[Method]] = {
+    "arrow": Arrow,
     "mixlora": MixLoRA,
     "molora": MoLoRA,
 }
