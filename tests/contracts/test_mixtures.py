@@ -8,6 +8,7 @@ import pytest
 import torch
 from contracts.method_cases import case_of, skip_exceptions, small, with_tasks
 from peft import PeftModel, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import moeroute
@@ -366,3 +367,64 @@ def test_trains_with_trainer_and_resumes_with_the_same_losses(name, make_llama, 
     resumed = train(4, tmp_path / "half", resume=str(tmp_path / "half" / "checkpoint-2"))
     assert whole[-1] < whole[0]
     assert resumed[-2:] == pytest.approx(whole[-2:], rel=1e-4)
+
+
+def test_padding_changes_neither_real_tokens_nor_losses(name, make_llama):
+    model = wake(wrapped(make_llama, name)).double()
+    plain = with_tasks(name, {"input_ids": torch.randint(1, 61, (2, 6))})
+    padded = {**plain, "input_ids": nn.functional.pad(plain["input_ids"], (0, 4))}
+    padded["attention_mask"] = nn.functional.pad(torch.ones(2, 6, dtype=torch.int64), (0, 4))
+    model.eval()
+    expected = model(**plain).logits
+    torch.testing.assert_close(model(**padded).logits[:, :6], expected, rtol=1e-9, atol=1e-9)
+    losses = []
+    model.train()
+    for inputs in (plain, padded):
+        torch.manual_seed(0)
+        model(**inputs)
+        losses.append(moeroute.aux_losses(model).total)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-9, atol=1e-9)
+
+
+def test_auxiliary_losses_reach_a_router(name, make_llama, batch):
+    model = wake(wrapped(make_llama, name)).train()
+    model(**batch)
+    report = moeroute.aux_losses(model)
+    if not report.parts:
+        return
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(report.total, trained, allow_unused=True)
+    assert any(g is not None and g.abs().sum() > 0 for g in gradients)
+
+
+class OpaqueLinear(nn.Module):
+    """A quantised linear as adapters see one: sizes and a forward, no floating weight."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = linear.weight.detach().abs().max() / 127
+        self.register_buffer("codes", (linear.weight.detach() / self.scale).round().to(torch.int8))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.codes.to(x.dtype) * self.scale.to(x.dtype))
+
+
+def test_a_base_that_only_answers_calls_is_enough(name, make_llama, batch):
+    base = make_llama()
+    for layer in base.model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            for key, child in list(block.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(block, key, OpaqueLinear(child))
+    expected = base(**batch).logits
+    model = moeroute.wrap_model(base, small(name)).eval()
+    assert torch.equal(model(**batch).logits, expected)
+    codes = {key: buffer.clone() for key, buffer in model.named_buffers() if "codes" in key}
+    if case_of(name).trains:
+        wake(model, 0.05).train()
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+        model(**batch).loss.backward()
+        optimizer.step()
+    assert len(codes) == 14
+    assert all(torch.equal(model.get_buffer(key), old) for key, old in codes.items())
