@@ -196,6 +196,7 @@ def _saved(rows: list[Row]) -> Verdict:
         row.label: ours / theirs
         for row in rows
         if row.key[1] == "mem"
+        and "grouped_mm" in row.records
         and (ours := row.records[OURS].saved_bytes) is not None
         and (theirs := row.records["grouped_mm"].saved_bytes)
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure
+from benchmarks.cases import OURS
 from benchmarks.measure import Budget
 from benchmarks.records import ROOT
 from benchmarks.registry import BENCHMARKS
@@ -80,6 +81,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--clock", choices=tuple(measure.CLOCKS), default="wall", help="cpu: with --threads 1")
     add("--rounds", type=_count, help="for every provider, instead of what fits --seconds")
     add("--seconds", type=_seconds, help="for the rounds of one row (4; suite gpu: 1)")
+    add("--without", type=_listed(str, _peers()), default=[], metavar="NAMES", help="leave out")
     add("--deadline", type=_seconds, help="begin no row later than this (suite gpu: 500 s)")
     add("--plot", type=Path, metavar="FILE", help="throughput over T: .png, .svg or .pdf")
     add("--json", type=Path, metavar="FILE", help="write everything to this file")
@@ -87,6 +89,11 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--append", action=argparse.BooleanOptionalAction, default=False, help="keep the rows")
     add("--check", action="store_true", help="exit with status 1 if a promise is missed")
     return parser
+
+
+def _peers() -> tuple[str, ...]:
+    names = {one.name: None for every in BENCHMARKS.values() for one in every.providers}
+    return tuple(name for name in names if name != OURS)
 
 
 def _known_shapes() -> list[str]:

@@ -12,7 +12,7 @@ import argparse
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
@@ -25,7 +25,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from benchmarks.cases import OURS, Case, select_cases
+from benchmarks.cases import OURS, Benchmark, Case, select_cases
 from benchmarks.floors import judge, rows_of
 from benchmarks.gpu_floors import judge_gpu
 from benchmarks.gpu_suite import gpu_cases
@@ -75,12 +75,14 @@ class Run:
         until: `time.monotonic()` after which no row begins.
         keep: Takes the records of a row as soon as it is done.
         console: Where progress is told.
+        without: Names of providers that are left out.
     """
 
     budget: Budget
     until: float
     keep: Callable[[list[Record]], None]
     console: Console
+    without: Sequence[str] = ()
 
     def all(self, cases: Sequence[Case]) -> list[Record]:
         """Run the cases in their order, as many as time allows."""
@@ -102,7 +104,7 @@ class Run:
                     gc.collect()
                     prepared, done = _prepared(case)
                 if prepared is not None:
-                    done = run_case(BENCHMARKS[case.op], case, self.budget, prepared)
+                    done = run_case(self._benchmark(case), case, self.budget, prepared)
                 self.keep(done)
                 records += done
                 progress.advance(task)
@@ -110,6 +112,11 @@ class Run:
                     self._stop(len(cases) - number - 1, f"the device answers no more: {dead}")
                     break
         return records
+
+    def _benchmark(self, case: Case) -> Benchmark:
+        whole = BENCHMARKS[case.op]
+        kept = tuple(one for one in whole.providers if one.name not in self.without)
+        return replace(whole, providers=kept)
 
     def _tell(self, progress: Progress, task: TaskID, label: str) -> None:
         progress.update(task, description=label.partition(" ")[2])
@@ -170,7 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     budget = Budget(
         options.seconds, options.slow_seconds, exact=options.rounds, clock=options.clock
     )
-    run = Run(budget, begun + options.deadline, _keeper(options, made), console)
+    until, keep = begun + options.deadline, _keeper(options, made)
+    run = Run(budget, until, keep, console, options.without)
     return _report(options, console, run.all(cases), made, most)
 
 

@@ -67,6 +67,14 @@ def test_no_row_begins_after_the_deadline(tmp_path: Path, capsys: pytest.Capture
     assert "stopped, time is up: 6 rows were not run" in capsys.readouterr().out
 
 
+def test_a_peer_is_left_out(tmp_path: Path):
+    table = tmp_path / "rows.csv"
+    choice = ["--op", "routed_mlp", "--without", "eager,dense"]
+    assert main([*TRIAL, *choice, "--append", "--csv", str(table)]) == 0
+    names = {row["provider"] for row in read_csv(table)}
+    assert names == {"moeroute", AGAIN, "grouped_mm", "batched_mm"}
+
+
 def test_a_plot_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     picture = tmp_path / "new" / "throughput.png"
     sizes = ["--shape", "tiny", "--tokens", "2,3", "--dtype", "fp32", "--rounds", "2"]
@@ -102,6 +110,7 @@ def test_what_is_skipped_is_recorded():
         (["--tokens", "many"], "--tokens"),
         (["--tokens", "-1"], "-1"),
         (["--rounds", "0"], "0"),
+        (["--without", "moeroute"], "unknown 'moeroute'; use some of grouped_mm"),
     ],
 )
 def test_an_unknown_choice_is_named(
