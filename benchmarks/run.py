@@ -36,7 +36,7 @@ from benchmarks.records import Record, Stamp, append_csv, stamp, write_json
 from benchmarks.registry import BENCHMARKS
 from benchmarks.report import print_report
 from benchmarks.roofline import Ceiling, ceilings, limits
-from benchmarks.running import Prepared, broken, prepare, run_case
+from benchmarks.running import CUDA_MODES, Prepared, broken, prepare, run_case
 from benchmarks.shapes import ROUTINGS
 from moeroute.integration.plot import check_plot
 
@@ -46,7 +46,11 @@ WIDTH = 176
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:
-    suite = gpu_cases(options.device) if options.suite == "gpu" else None
+    suite = None
+    if options.suite == "gpu":
+        on_cuda = torch.device(options.device).type == "cuda"
+        every = gpu_cases(options.device)
+        suite = [case for case in every if on_cuda or case.mode not in CUDA_MODES]
     found = []
     for name in options.op:
         benchmark = BENCHMARKS[name]

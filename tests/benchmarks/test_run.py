@@ -67,6 +67,15 @@ def test_no_row_begins_after_the_deadline(tmp_path: Path, capsys: pytest.Capture
     assert "stopped, time is up: 6 rows were not run" in capsys.readouterr().out
 
 
+def test_the_rows_of_the_gpu_suite_that_a_cpu_can_run(capsys: pytest.CaptureFixture[str]):
+    sizes = ["--suite", "gpu", "--device", "cpu", "--op", "routed_mlp", "--shape", "tiny"]
+    assert main([*sizes, "--tokens", "4", "--rounds", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "routed_mlp, mem" in printed
+    assert "launches" not in printed
+    assert "failed" not in printed
+
+
 def test_a_peer_is_left_out(tmp_path: Path):
     table = tmp_path / "rows.csv"
     choice = ["--op", "routed_mlp", "--without", "eager,dense"]
