@@ -11,8 +11,6 @@ from benchmarks.cases import AGAIN, OURS
 from benchmarks.records import Record
 from benchmarks.registry import BENCHMARKS
 from benchmarks.shapes import (
-    EXPERT_LORA_DECODE_SHAPE,
-    EXPERT_LORA_FLOOR_CASES,
     FLOOR_SHAPES,
     LORA_FLOOR_CASES,
     MANY_EXPERTS,
@@ -28,8 +26,6 @@ WORST_OF_BEST = 1.10
 EAGER_SPEEDUP = 3.0
 SAVED_OF_GROUPED = 0.30
 LORA_OF_BEST = 1.00
-REBUILT_SPEEDUP = 2.0
-DECODE_SPEEDUP = 8.0
 
 
 @dataclass(frozen=True)
@@ -253,36 +249,4 @@ def judge(records: Sequence[Record]) -> list[Verdict]:
         _eager_speedup(timed),
         _saved(memory),
         all_within(mixture, _ratios(lora), LORA_OF_BEST, spread),
-        *_expert_lora(rows),
-    ]
-
-
-def _expert_lora(rows: Sequence[Row]) -> list[Verdict]:
-    """LoRA on experts against the stack that is rebuilt with every delta."""
-    trained = {
-        row.label: 1 / ratio
-        for row in rows
-        if row.key[:2] == ("grouped_lora", "fwd_bwd")
-        and row.key[2:4] in EXPERT_LORA_FLOOR_CASES
-        and (ratio := row.over("rebuilt"))
-    }
-    decoded = {
-        row.label: 1 / ratio
-        for row in rows
-        if row.key[:4] == ("grouped_lora", "fwd", EXPERT_LORA_DECODE_SHAPE, 1)
-        and (ratio := row.over("rebuilt"))
-    }
-    few = max(tokens for _, tokens in EXPERT_LORA_FLOOR_CASES)
-    return [
-        all_above(
-            f"grouped_lora, fwd_bwd at T <= {few}: >= {REBUILT_SPEEDUP:.0f}x the rebuilt stack",
-            trained,
-            REBUILT_SPEEDUP,
-        ),
-        all_above(
-            f"grouped_lora, fwd of one token at {EXPERT_LORA_DECODE_SHAPE}: "
-            f">= {DECODE_SPEEDUP:.0f}x the rebuilt stack",
-            decoded,
-            DECODE_SPEEDUP,
-        ),
     ]

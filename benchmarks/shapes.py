@@ -180,10 +180,16 @@ GPU_LORA_NAMES = tuple(shape.name for shape in _GPU_LORA_SHAPES)
 GPU_LORA_TOKENS = (8192, 64)
 
 LORA_SHAPES: Mapping[str, LoRAShape] = MappingProxyType(
-    {shape.name: shape for shape in (*LORA_SHAPE_LIST, *_GPU_LORA_SHAPES)}
+    {
+        shape.name: shape
+        for shape in (*LORA_SHAPE_LIST, LoRAShape(64, 8, 2, 16, 2048), *_GPU_LORA_SHAPES)
+    }
 )
 """Mixtures of LoRA over one linear, by name."""
 
+MIXTURE_NAMES = ("E8k2r16", "E8k2r16-d2048")
+MIXTURE_TOKENS = (64, 512, 4096)
+"""Where a whole mixture over one linear is timed beside plain LoRA."""
 LORA_FLOOR_CASES = tuple((shape.name, shape.tokens) for shape in LORA_SHAPE_LIST)
 """Name and T of each row that `make bench` times and judges."""
 

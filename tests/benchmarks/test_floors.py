@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from benchmarks.cases import AGAIN, OURS
 from benchmarks.floors import Verdict, judge, noise, rows_of
+from benchmarks.lora_floors import judge_lora
 from benchmarks.records import Record
 
 ROW = Record(
@@ -25,8 +26,10 @@ def row(**ratios: float) -> list[Record]:
 
 
 def verdicts(records: list[Record]) -> dict[str, Verdict]:
-    words = ("definition", "mean", "1.10", "eager", "saved", "gated_lora", "rebuilt", "decode")
-    return dict(zip(words, judge(records), strict=True))
+    words = ("definition", "mean", "1.10", "eager", "saved", "gated_lora")
+    found = dict(zip(words, judge(records), strict=True))
+    words = ("of plain LoRA", "of a loop", "rebuilt", "decode")
+    return found | dict(zip(words, judge_lora(rows_of(records)), strict=True))
 
 
 def test_a_run_that_keeps_every_promise():
@@ -36,6 +39,8 @@ def test_a_run_that_keeps_every_promise():
         **told,
         "saved": None,
         "gated_lora": None,
+        "of plain LoRA": None,
+        "of a loop": None,
         "rebuilt": None,
         "decode": None,
     }
@@ -95,7 +100,7 @@ def test_the_mixture_has_no_slack_but_noise_is_told():
 
 def test_other_shapes_tell_nothing_about_the_promises():
     seen = verdicts([replace(record, shape_name="tiny") for record in row(grouped_mm=2.0)])
-    assert [verdict.kept for verdict in seen.values()] == [True] + [None] * 7
+    assert [verdict.kept for verdict in seen.values()] == [True] + [None] * 9
 
 
 def expert_lora(mode: str, shape: str, tokens: int, ratio: float) -> list[Record]:
@@ -123,3 +128,12 @@ def test_who_raised_has_no_answer():
     peers = [replace(one, note="failed: x", p50_ms=None) for one in row(eager=2.0)[1:]]
     (only,) = rows_of([ROW, *peers, *row(grouped_mm=0.9)[1:]])
     assert only.of_best == 0.9
+
+
+def test_a_mixture_is_held_to_plain_lora_and_to_a_loop():
+    ours = replace(ROW, op="lora_mixture", shape_name="E8k2r16", tokens=64)
+    plain = replace(ours, provider="peft_lora", ours_over_it=1.25)
+    loop = replace(ours, provider="masked_loop", ours_over_it=0.6)
+    seen = verdicts([ours, plain, loop])
+    assert seen["of plain LoRA"].kept
+    assert seen["of a loop"].misses == ("0.600  lora_mixture fwd_bwd E8k2r16 T=64 fp32 uniform",)

@@ -17,6 +17,7 @@ from benchmarks.shapes import DTYPES, ROUTINGS
 SMALL = {
     "routed_mlp": ("tiny", "tiny-gpt-oss"),
     "gated_lora": ("E4k2r8",),
+    "lora_mixture": ("E8k2r16",),
     "grouped_lora": ("tiny-r2", "tiny-r2a3"),
 }
 THREE = ("eager", "batched_mm", "grouped_mm")
@@ -91,6 +92,7 @@ def test_the_peers_are_those_of_the_promise():
     assert peers == {
         "routed_mlp": {*THREE, "hand_sorted", "liger", "scattermoe"},
         "gated_lora": {"naive_loop", "masked_loop", "grouped", "dense_stacked"},
+        "lora_mixture": {"masked_loop"},
         "grouped_lora": {"rebuilt", "masked_loop"},
     }
 

@@ -111,7 +111,10 @@ def test_what_is_skipped_is_recorded():
     ("arguments", "message"),
     [
         (["--shape", "E8k3"], "unknown 'E8k3'; use some of"),
-        (["--op", "sort"], "unknown 'sort'; use some of routed_mlp, gated_lora, grouped_lora"),
+        (
+            ["--op", "sort"],
+            "unknown 'sort'; use some of routed_mlp, gated_lora, lora_mixture, grouped_lora",
+        ),
         (["--modes", "launches"], "launches: this needs a CUDA device; give --suite gpu"),
         (["--plot", "throughput.doc"], "cannot write throughput.doc: a plot's suffix is one of"),
         (["--dtype", "fp64"], "unknown 'fp64'; use some of fp32, bf16"),
