@@ -42,6 +42,8 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 pytestmark = pytest.mark.usefixtures("triton_ops")
 REPEATS = 20
 BASE = Case(29, 2, 5, 40, 24)
+TINY = Case(1, 4, 6, 40, 24)
+"""So few slots that inference does not sort them."""
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -201,12 +203,58 @@ def test_repeats_are_equal_to_the_bit():
         assert all(torch.equal(a, b) for a, b in zip(first, seen, strict=True))
 
 
-def test_one_token_takes_four_launches():
-    """The sort with its tiles, two products, the sum."""
-    inputs = routed_cases.make(CASES["one token"]).on(DEVICE)
-    with torch.no_grad(), counting_launches() as launched:
-        inputs.call(routed_mlp)
-    assert launched == ["sort_one_kernel", "mlp_up_kernel", "mm_rows_kernel", "combine_kernel"]
+class TestUnsorted:
+    """Inference over so few slots that the ids themselves are the map of the tiles."""
+
+    @pytest.mark.parametrize("tokens", [0, 1, 3])
+    def test_takes_three_launches(self, tokens: int):
+        """Two products and the sum; of no token, nothing."""
+        inputs = routed_cases.make(TINY.but(tokens=tokens, experts=48)).on(DEVICE)
+        with torch.no_grad(), counting_launches() as launched:
+            inputs.call(routed_mlp)
+        assert launched == ["mlp_up_kernel", "mm_rows_kernel", "combine_kernel"] * (tokens > 0)
+
+    def test_more_slots_are_sorted(self):
+        inputs = routed_cases.make(TINY.but(tokens=4, experts=48)).on(DEVICE)
+        with torch.no_grad(), counting_launches() as launched:
+            inputs.call(routed_mlp)
+        assert launched[0] == "sort_one_kernel"
+        assert len(launched) == 4
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_every_activation(self, activation: str):
+        check_inference(TINY.but(activation=activation, bias=True))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("transposed", [False, True])
+    @pytest.mark.parametrize("interleaved", [False, True])
+    def test_every_layout(
+        self, bias: bool, transposed: bool, interleaved: bool, dtype: torch.dtype
+    ):
+        case = TINY.but(bias=bias, transposed=transposed, interleaved=interleaved, dtype=dtype)
+        check_inference(case.but(activation="gpt_oss_glu"))
+
+    @pytest.mark.parametrize("number", [torch.uint8, torch.int32, torch.int64])
+    def test_empty_slots_and_repeated_experts(self, number: torch.dtype):
+        """What lies outside contributes nothing, whatever the integers; rows are never NaN."""
+        ids = torch.tensor([[3, 200, 0, 3, 6, 5, 255, 3]])
+        if number != torch.uint8:
+            least, most = torch.iinfo(number).min, torch.iinfo(number).max
+            ids = torch.tensor([[3, -1, 0, 3, 6, most, least, 3]])
+
+        def routing(tokens: int, slots: int, experts: int) -> Tensor:
+            return ids.to(number)
+
+        check_inference(TINY.but(slots=8, routing=routing, bias=True))
+
+    def test_several_tokens(self):
+        check_inference(Case(3, 2, 40, 24, 16, routed_cases.with_empty_slots, bias=True))
+
+    def test_all_slots_may_be_empty(self):
+        inputs = routed_cases.make(CASES["one token nowhere"]).on(DEVICE)
+        with torch.no_grad():
+            assert not inputs.call(routed_mlp).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
