@@ -78,6 +78,8 @@ LEAST_SHARED_MEMORY = 65_536
 """Of any other device."""
 RESERVED = 4096
 """Bytes of it for reductions and barriers."""
+UNSORTED_SHARE = 0.25
+"""Most slots per expert that inference leaves unsorted."""
 POINTWISE_ROWS = 16
 POINTWISE_COLUMNS = 128
 
@@ -88,6 +90,22 @@ def rows_class(num_rows: int, num_groups: int) -> str:
     if mean <= FEW_ROWS:
         return "few"
     return "some" if mean <= SOME_ROWS else "many"
+
+
+def sorting_pays(num_tokens: int, num_slots: int, num_experts: int) -> bool:
+    """Tell whether inference sorts its slots, or makes each of them a tile of its own.
+
+    What sorting saves is reading an expert's weights once for all its rows. One token's experts
+    differ, so there is nothing to save; N slots drawn from E experts meet in about N**2 / 2E pairs,
+    so up to E / 4 slots it would save an eighth of the reads at most, and of those the L2 holds
+    most already, as neighbouring tiles run side by side. That is worth less than the launch.
+
+    Args:
+        num_tokens: T.
+        num_slots: K, of one token.
+        num_experts: E.
+    """
+    return num_tokens > 1 and num_tokens * num_slots > num_experts * UNSORTED_SHARE
 
 
 def row_tiles(num_rows: int, num_groups: int, dtype: torch.dtype) -> Tiles:

@@ -19,9 +19,9 @@ from moeroute_kernels._triton import config
 from moeroute_kernels._triton.form import DeviceForm
 from moeroute_kernels._triton.glu import activate_backward
 from moeroute_kernels._triton.mlp_up import split_tile
-from moeroute_kernels._triton.product import GROUP, place_of, product, tile_rows
+from moeroute_kernels._triton.product import GROUP, place_of, product
 from moeroute_kernels._triton.source import weight_source
-from moeroute_kernels._triton.tiles import TileMap
+from moeroute_kernels._triton.tiles import TileMap, tile_rows
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moeroute_kernels._triton import config
-from moeroute_kernels._triton.product import GROUP, place_of, product, tile_rows
+from moeroute_kernels._triton.product import GROUP, place_of, product
 from moeroute_kernels._triton.source import weight_source
-from moeroute_kernels._triton.tiles import TileMap, tile_map
+from moeroute_kernels._triton.tiles import TileMap, slots_of, tile_expert, tile_map, tile_rows
 
 
 @triton.jit(do_not_specialize=["N", "num_tiles"])
@@ -56,7 +56,7 @@ def mm_rows_kernel(
     GROUP: tl.constexpr,
 ):
     tile, block = place_of(num_tiles, num_columns, GROUP)
-    expert = tl.load(experts_ptr + tile)
+    expert = tile_expert(experts_ptr, starts_ptr, tile, E)
     if expert < 0:
         return
     rows, inside = tile_rows(starts_ptr, ends_ptr, tile, expert, E, N, ROWS)
@@ -68,8 +68,7 @@ def mm_rows_kernel(
         return
     source = rows
     if GATHER:
-        source = tl.load(index_ptr + rows) // slots
-    expert = expert.to(tl.int64)
+        source = slots_of(index_ptr, rows) // slots
     acc = product(
         a_ptr + source[:, None] * a_row,
         w_ptr,
@@ -94,7 +93,7 @@ def mm_rows_kernel(
         bias = tl.load(bias_ptr + expert * bias_expert + columns, mask=columns < O, other=0.0)
         bias = bias.to(tl.float32)[None, :]
         if HAS_SCALE:
-            scale = tl.load(scale_ptr + tl.load(index_ptr + rows)).to(tl.float32)
+            scale = tl.load(scale_ptr + slots_of(index_ptr, rows)).to(tl.float32)
             bias = bias * scale[:, None]
         acc += bias
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
@@ -124,7 +123,7 @@ def mm_rows(
         slots: See `index`.
         bias: (E, O), contiguous in O, or None.
         scale: (N,) factors of the bias, by flat slot, or None.
-        order: (N,) int64, the flat slot of each row; needed with scale.
+        order: (N,) int64, the flat slot of each row, read with scale; None if rows are slots.
         out: (N, O) contiguous, to write into.
 
     Returns:
