@@ -5,11 +5,13 @@ A new method is a row here only if it is an exception: others are built from `SM
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer
 
 import moeroute
 
@@ -27,6 +29,11 @@ def permute_experts(key: str, parameter: torch.Tensor, order: torch.Tensor) -> t
     return parameter[order]
 
 
+def loss_of_output(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the model says its loss is."""
+    return model(**batch).loss
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodCase:
     """One method in the suite.
@@ -35,6 +42,8 @@ class MethodCase:
         fields: Of the small method.
         second: Fields that another small method of the kind has.
         by_task: Whether its routers need task_ids.
+        loss_of: (model, batch) to the loss that the method trains on, the same at every call.
+        trainer: What makes a Trainer that trains all of the method.
         permute: (key, parameter, order) to the parameter with its experts in another order.
         exceptions: Name of a test of the suite -> why it cannot hold for this method.
     """
@@ -42,11 +51,21 @@ class MethodCase:
     fields: Mapping[str, Any] = field(default_factory=lambda: SMALL)
     second: Mapping[str, Any] = field(default_factory=lambda: {"r": 2})
     by_task: bool = False
+    loss_of: Callable[[torch.nn.Module, Mapping[str, torch.Tensor]], torch.Tensor] = loss_of_output
+    trainer: Callable[..., Trainer] = Trainer
     permute: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor] = permute_experts
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
 
-CASES: Mapping[str, MethodCase] = MappingProxyType({})
+CASES: Mapping[str, MethodCase] = MappingProxyType(
+    {
+        "smora": MethodCase(
+            fields={"r": NUM_EXPERTS * RANK, "rank_partition": RANK, "top_k": 2 * RANK},
+            second={"r": 2 * RANK},
+            trainer=partial(Trainer, callbacks=[moeroute.PostStepCallback()]),
+        ),
+    }
+)
 
 
 def case_of(name: str) -> MethodCase:
