@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from moeroute.integration.adapters.wrap import wrap_model as wrap_model
     from moeroute.integration.callback import RoutingCallback as RoutingCallback
     from moeroute.integration.doctor import doctor as doctor
+    from moeroute.integration.post_step_callback import PostStepCallback as PostStepCallback
     from moeroute.integration.track import track_routing as track_routing
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "MoELayer",
     "MoLoRA",
     "MoeRouteConfig",
+    "PostStepCallback",
     "RoutingCallback",
     "__version__",
     "accept_routing_inputs",
@@ -65,6 +67,7 @@ def __getattr__(name: str) -> Any:
     """Load what needs transformers or PEFT when it is asked for."""
     module = {
         "MoeRouteConfig": "adapters.peft_method",
+        "PostStepCallback": "post_step_callback",
         "RoutingCallback": "callback",
         "accept_routing_inputs": "adapters.inputs",
         "doctor": "doctor",

@@ -5,11 +5,13 @@ A new method is a row here only if it is an exception: others are built from `SM
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer
 
 import moeroute
 from moeroute.methods.existing import LoRAExpert
@@ -28,6 +30,11 @@ def permute_experts(key: str, parameter: torch.Tensor, order: torch.Tensor) -> t
     return parameter[order]
 
 
+def loss_of_output(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the model says its loss is."""
+    return model(**batch).loss
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodCase:
     """One method in the suite.
@@ -37,6 +44,8 @@ class MethodCase:
         second: Fields that another small method of the kind has.
         by_task: Whether its routers need task_ids.
         trains: Whether it has parameters.
+        loss_of: (model, batch) to the loss that the method trains on, the same at every call.
+        trainer: What makes a Trainer that trains all of the method.
         permute: (key, parameter, order) to the parameter with its experts in another order.
         exceptions: Name of a test of the suite -> why it cannot hold for this method.
     """
@@ -45,6 +54,8 @@ class MethodCase:
     second: Mapping[str, Any] = field(default_factory=lambda: {"r": 2})
     by_task: bool = False
     trains: bool = True
+    loss_of: Callable[[torch.nn.Module, Mapping[str, torch.Tensor]], torch.Tensor] = loss_of_output
+    trainer: Callable[..., Trainer] = Trainer
     permute: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor] = permute_experts
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
@@ -95,6 +106,11 @@ CASES: Mapping[str, MethodCase] = MappingProxyType(
             second={"top_k": 1},
             trains=False,
             exceptions=UNTRAINED,
+        ),
+        "smora": MethodCase(
+            fields={"r": NUM_EXPERTS * RANK, "rank_partition": RANK, "top_k": 2 * RANK},
+            second={"r": 2 * RANK},
+            trainer=partial(Trainer, callbacks=[moeroute.PostStepCallback()]),
         ),
     }
 )

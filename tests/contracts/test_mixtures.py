@@ -56,6 +56,11 @@ def wake(model, scale=0.3):
     return model
 
 
+def loss_of(name, model, batch):
+    """What the method trains on."""
+    return case_of(name).loss_of(model, batch)
+
+
 def tell_tasks(host, name, samples):
     """Give a layer that is called by itself the task of each sample, if its router asks."""
     task_ids = with_tasks(name, {"input_ids": torch.zeros(samples, 1)}).get("task_ids")
@@ -85,12 +90,12 @@ def test_fresh_adapter_equals_the_base_bit_for_bit(name, make_llama, batch, dtyp
 
 def test_defaults_build_on_any_model_that_has_the_site(name, make_llama, batch):
     model = moeroute.wrap_model(make_llama(), moeroute.get_method(name)())
-    assert torch.isfinite(model(**batch).loss)
+    assert torch.isfinite(loss_of(name, model, batch))
 
 
 def test_base_is_frozen_and_everything_added_trains(name, make_llama, batch):
     model = wake(wrapped(make_llama, name)).train()
-    model(**batch).loss.backward()
+    loss_of(name, model, batch).backward()
     for key, parameter in model.named_parameters():
         if "moeroute_site" in key:
             assert parameter.requires_grad
@@ -209,7 +214,7 @@ def test_gradient_checkpointing_changes_no_gradient(name, make_llama, batch):
         if checkpointing:
             checkpoint_layers(model, {"use_reentrant": False})
             model.enable_input_require_grads()
-        model(**batch).loss.backward()
+        loss_of(name, model, batch).backward()
         gradients.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for key, gradient in gradients[0].items():
@@ -228,7 +233,7 @@ def test_compiled_training_step_gives_the_same_gradients(name, make_llama, batch
     for compiling in (False, True):
         model = wake(wrapped(make_llama, name)).train()
         forward = torch.compile(model, backend="aot_eager") if compiling else model
-        forward(**batch).loss.backward()
+        loss_of(name, forward, batch).backward()
         gradients.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for key, gradient in gradients[0].items():
@@ -237,15 +242,14 @@ def test_compiled_training_step_gives_the_same_gradients(name, make_llama, batch
 
 def test_a_copy_is_independent(name, make_llama, batch):
     model = wake(wrapped(make_llama, name)).train()
-    loss = model(**batch).loss
     if case_of(name).trains:
-        loss.backward()
+        loss_of(name, model, batch).backward()
     twin = copy.deepcopy(model).train()
     hosts = [module for module in twin.modules() if isinstance(module, SiteHost)]
     originals = [module for module in model.modules() if isinstance(module, SiteHost)]
     assert hosts[0].routing_pass is hosts[-1].routing_pass
     assert hosts[0].routing_pass is not originals[0].routing_pass
-    torch.testing.assert_close(twin(**batch).loss, model(**batch).loss)
+    torch.testing.assert_close(loss_of(name, twin, batch), loss_of(name, model, batch))
     wake(twin, scale=0.6)
     assert not torch.equal(twin(**batch).logits, model(**batch).logits)
 
@@ -294,9 +298,9 @@ def test_every_tensor_of_the_adapter_is_saved(name, make_llama, tmp_path):
 
 def test_autocast_agrees_with_full_precision(name, make_llama, batch):
     model = wake(wrapped(make_llama, name), scale=0.05).train()
-    expected = model(**batch).loss
+    expected = loss_of(name, model, batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(**batch).loss
+        loss = loss_of(name, model, batch)
     assert (loss - expected).abs() < 0.02 * expected
     loss.backward()
     for key, parameter in model.named_parameters():
@@ -309,11 +313,13 @@ def test_low_precision_base_keeps_its_adapter_in_float32(name, make_llama, batch
         model = moeroute.wrap_model(make_llama().to(dtype), small(name)).train()
         added = {p.dtype for k, p in model.named_parameters() if "moeroute_site" in k}
         assert added == {torch.float32}
-        output = wake(model, scale=0.05)(**batch)
-        assert output.logits.dtype == dtype
-        output.loss.backward()
-        exact = wake(moeroute.wrap_model(make_llama(), small(name)), scale=0.05)(**batch).loss
-        assert (output.loss - exact).abs() < 0.02 * exact
+        with torch.no_grad():
+            assert wake(model, scale=0.05)(**batch).logits.dtype == dtype
+        loss = loss_of(name, model, batch)
+        loss.backward()
+        full = wake(moeroute.wrap_model(make_llama(), small(name)), scale=0.05)
+        exact = loss_of(name, full, batch)
+        assert (loss - exact).abs() < 0.02 * exact
 
 
 def test_no_tokens_no_trouble(name, make_llama):
@@ -339,7 +345,7 @@ def test_strided_and_expanded_inputs(name, make_llama):
 
 
 def test_trains_with_trainer_and_resumes_with_the_same_losses(name, make_llama, batch, tmp_path):
-    from transformers import Trainer, TrainingArguments
+    from transformers import TrainingArguments
 
     rows = [{key: value[row % 3] for key, value in batch.items()} for row in range(12)]
 
@@ -358,7 +364,8 @@ def test_trains_with_trainer_and_resumes_with_the_same_losses(name, make_llama, 
             disable_tqdm=True,
             use_cpu=True,
         )
-        trainer = Trainer(model=wrapped(make_llama, name), args=arguments, train_dataset=rows)
+        model = wrapped(make_llama, name)
+        trainer = case_of(name).trainer(model=model, args=arguments, train_dataset=rows)
         trainer.train(resume_from_checkpoint=resume)
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
