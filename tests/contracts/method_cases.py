@@ -37,6 +37,7 @@ class MethodCase:
         second: Fields that another small method of the kind has.
         by_task: Whether its routers need task_ids.
         trains: Whether it has parameters.
+        waits: Whether its experts are frozen and do nothing until adapters fill them.
         permute: (key, parameter, order) to the parameter with its experts in another order.
         exceptions: Name of a test of the suite -> why it cannot hold for this method.
     """
@@ -45,6 +46,7 @@ class MethodCase:
     second: Mapping[str, Any] = field(default_factory=lambda: {"r": 2})
     by_task: bool = False
     trains: bool = True
+    waits: bool = False
     permute: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor] = permute_experts
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
@@ -95,6 +97,13 @@ CASES: Mapping[str, MethodCase] = MappingProxyType(
             second={"top_k": 1},
             trains=False,
             exceptions=UNTRAINED,
+        ),
+        "phatgoose": MethodCase(
+            fields={"top_k": 2, **EXISTING},
+            second={"top_k": 1},
+            by_task=True,
+            waits=True,
+            exceptions=NEEDS_ADAPTERS,
         ),
     }
 )

@@ -9,12 +9,14 @@ from typing import Any
 from moeroute.methods.arrow import Arrow
 from moeroute.methods.mixlora import MixLoRA
 from moeroute.methods.molora import MoLoRA
+from moeroute.methods.phatgoose import PHATGOOSE
 from moeroute.types import Method
 
 METHODS: dict[str, type[Method]] = {
     "arrow": Arrow,
     "mixlora": MixLoRA,
     "molora": MoLoRA,
+    "phatgoose": PHATGOOSE,
 }
 
 
