@@ -46,6 +46,7 @@ class MethodCase:
         trains: Whether it has parameters.
         loss_of: (model, batch) to the loss that the method trains on, the same at every call.
         trainer: What makes a Trainer that trains all of the method.
+        waits: Whether its experts are frozen and do nothing until adapters fill them.
         permute: (key, parameter, order) to the parameter with its experts in another order.
         exceptions: Name of a test of the suite -> why it cannot hold for this method.
     """
@@ -56,6 +57,7 @@ class MethodCase:
     trains: bool = True
     loss_of: Callable[[torch.nn.Module, Mapping[str, torch.Tensor]], torch.Tensor] = loss_of_output
     trainer: Callable[..., Trainer] = Trainer
+    waits: bool = False
     permute: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor] = permute_experts
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
@@ -111,6 +113,13 @@ CASES: Mapping[str, MethodCase] = MappingProxyType(
             fields={"r": NUM_EXPERTS * RANK, "rank_partition": RANK, "top_k": 2 * RANK},
             second={"r": 2 * RANK},
             trainer=partial(Trainer, callbacks=[moeroute.PostStepCallback()]),
+        ),
+        "phatgoose": MethodCase(
+            fields={"top_k": 2, **EXISTING},
+            second={"top_k": 1},
+            by_task=True,
+            waits=True,
+            exceptions=NEEDS_ADAPTERS,
         ),
     }
 )

@@ -365,6 +365,7 @@ def test_trains_with_trainer_and_resumes_with_the_same_losses(name, make_llama, 
             use_cpu=True,
         )
         model = wrapped(make_llama, name)
+        model = wake(model) if case_of(name).waits else model
         trainer = case_of(name).trainer(model=model, args=arguments, train_dataset=rows)
         trainer.train(resume_from_checkpoint=resume)
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 from moeroute.methods.existing import (
     LoRAExpert,
     check_sites,
+    check_slots,
     expert_bank,
     load_experts,
     present_score,
@@ -82,8 +83,7 @@ class Arrow:
     def __post_init__(self) -> None:
         """Check every field."""
         load_experts(self)
-        if self.top_k < 1:
-            raise ValueError(f"Arrow: top_k={self.top_k} is below 1; a token needs an adapter")
+        check_slots(self, self.top_k)
         if self.temperature <= 0:
             raise ValueError(f"Arrow: temperature={self.temperature} is not above 0")
 

@@ -96,6 +96,19 @@ def check_sites(method: MixesAdapters, sites: Sequence[Site]) -> None:
         )
 
 
+def check_slots(method: MixesAdapters, slots: int) -> None:
+    """Raise ValueError unless a token gets at least one adapter; more than there are does no harm.
+
+    Args:
+        method: Named in the error.
+        slots: Its top_k.
+    """
+    if slots < 1:
+        raise ValueError(
+            f"{type(method).__name__}: top_k={slots} is below 1; a token needs an adapter"
+        )
+
+
 def expert_bank(method: MixesAdapters, site: Site, *, trainable: bool = False) -> RaggedLoRABank:
     """The adapters' weights at one site, still to be filled."""
     place = method.sites.index(site.name)

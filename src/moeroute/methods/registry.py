@@ -9,6 +9,7 @@ from typing import Any
 from moeroute.methods.arrow import Arrow
 from moeroute.methods.mixlora import MixLoRA
 from moeroute.methods.molora import MoLoRA
+from moeroute.methods.phatgoose import PHATGOOSE
 from moeroute.methods.smora import SMoRA
 from moeroute.types import Method
 
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Method]] = {
     "mixlora": MixLoRA,
     "molora": MoLoRA,
     "smora": SMoRA,
+    "phatgoose": PHATGOOSE,
 }
 
 

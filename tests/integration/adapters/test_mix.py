@@ -108,3 +108,14 @@ def test_adapters_of_different_bases(tmp_path):
         config.write_text(json.dumps(known))
     refused("different bases: 'math' for someone/math", paths)
     moeroute.mix_adapters(make_base(), paths, router="arrow", same_base=True)
+
+
+def test_adapters_are_not_rounded_to_the_precision_of_the_base(folders, tmp_path):
+    mixed = moeroute.mix_adapters(make_base().bfloat16(), folders, router="arrow")
+    exact = moeroute.mix_adapters(make_base(), folders, router="arrow").state_dict()
+    own = {key: value for key, value in mixed.state_dict().items() if "moeroute_site" in key}
+    assert own
+    assert all(torch.equal(value, exact[key]) for key, value in own.items())
+    mixed.save_pretrained(tmp_path / "mixed")
+    again = PeftModel.from_pretrained(make_base().bfloat16(), tmp_path / "mixed").state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in own.items())
