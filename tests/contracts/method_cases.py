@@ -35,6 +35,26 @@ def loss_of_output(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) ->
     return model(**batch).loss
 
 
+def permute_skills(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The same where a table holds a logit a task, head and expert."""
+    if key.endswith("task_table.weight"):
+        return parameter.unflatten(1, (-1, NUM_EXPERTS))[:, :, order].flatten(1)
+    return permute_experts(key, parameter, order)
+
+
+def permute_moelora(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The same where tasks have embeddings, which know no experts."""
+    if key.endswith("task_table.weight"):
+        return parameter
+    return permute_experts(key, parameter, order)
+
+
+def seeded_loss(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The loss of a method that draws in training, with the same draw at every call."""
+    torch.manual_seed(11)
+    return model(**batch).loss
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodCase:
     """One method in the suite.
@@ -113,6 +133,24 @@ CASES: Mapping[str, MethodCase] = MappingProxyType(
             fields={"r": NUM_EXPERTS * RANK, "rank_partition": RANK, "top_k": 2 * RANK},
             second={"r": 2 * RANK},
             trainer=partial(Trainer, callbacks=[moeroute.PostStepCallback()]),
+        ),
+        "mhr": MethodCase(
+            fields={"num_tasks": NUM_TASKS, "heads": 2, **SMALL},
+            by_task=True,
+            loss_of=seeded_loss,
+            permute=permute_skills,
+        ),
+        "moelora": MethodCase(
+            fields={"num_tasks": NUM_TASKS, "r": NUM_EXPERTS * RANK, "num_experts": NUM_EXPERTS},
+            second={"r": 2 * NUM_EXPERTS},
+            by_task=True,
+            permute=permute_moelora,
+        ),
+        "poly": MethodCase(
+            fields={"num_tasks": NUM_TASKS, **SMALL},
+            by_task=True,
+            loss_of=seeded_loss,
+            permute=permute_skills,
         ),
         "phatgoose": MethodCase(
             fields={"top_k": 2, **EXISTING},

@@ -1,11 +1,25 @@
 """Published methods, one file a paper, and the table that names them."""
 
 from moeroute.methods.arrow import Arrow as Arrow
+from moeroute.methods.mhr import MHR as MHR
 from moeroute.methods.mixlora import MixLoRA as MixLoRA
+from moeroute.methods.moelora import MOELoRA as MOELoRA
 from moeroute.methods.molora import MoLoRA as MoLoRA
 from moeroute.methods.phatgoose import PHATGOOSE as PHATGOOSE
+from moeroute.methods.poly import Poly as Poly
 from moeroute.methods.registry import get_method as get_method
 from moeroute.methods.registry import list_methods as list_methods
 from moeroute.methods.smora import SMoRA as SMoRA
 
-__all__ = ["PHATGOOSE", "Arrow", "MixLoRA", "MoLoRA", "SMoRA", "get_method", "list_methods"]
+__all__ = [
+    "MHR",
+    "PHATGOOSE",
+    "Arrow",
+    "MOELoRA",
+    "MixLoRA",
+    "MoLoRA",
+    "Poly",
+    "SMoRA",
+    "get_method",
+    "list_methods",
+]

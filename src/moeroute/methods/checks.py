@@ -73,3 +73,21 @@ def check_top_k(method: ExpertFields, slots: int) -> None:
             f"{type(method).__name__}: top_k={slots} is outside 1..{method.num_experts} "
             f"(num_experts={method.num_experts}); lower top_k or raise num_experts"
         )
+
+
+class TaskFields(Protocol):
+    """The field of a method that routes by task."""
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks there are."""
+        ...
+
+
+def check_tasks(method: TaskFields) -> None:
+    """Raise ValueError unless there is a task."""
+    if method.num_tasks < 1:
+        raise ValueError(
+            f"{type(method).__name__}: num_tasks={method.num_tasks} is below 1; set num_tasks to "
+            "at least 1"
+        )

@@ -7,18 +7,24 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from moeroute.methods.arrow import Arrow
+from moeroute.methods.mhr import MHR
 from moeroute.methods.mixlora import MixLoRA
+from moeroute.methods.moelora import MOELoRA
 from moeroute.methods.molora import MoLoRA
 from moeroute.methods.phatgoose import PHATGOOSE
+from moeroute.methods.poly import Poly
 from moeroute.methods.smora import SMoRA
 from moeroute.types import Method
 
 METHODS: dict[str, type[Method]] = {
     "arrow": Arrow,
+    "mhr": MHR,
     "mixlora": MixLoRA,
+    "moelora": MOELoRA,
     "molora": MoLoRA,
-    "smora": SMoRA,
     "phatgoose": PHATGOOSE,
+    "poly": Poly,
+    "smora": SMoRA,
 }
 
 
