@@ -34,6 +34,16 @@ def loss_of_output(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) ->
     return model(**batch).loss
 
 
+def loss_of_draws(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The policy gradient loss, of the same draws at every call."""
+    torch.manual_seed(11)
+    return moeroute.policy_gradient_loss(model, lambda: model(**batch).loss)
+
+
+class DrawingTrainer(moeroute.PolicyGradientMixin, Trainer):
+    """Trains routers that draw."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodCase:
     """One method in the suite.
@@ -59,6 +69,7 @@ class MethodCase:
 
 CASES: Mapping[str, MethodCase] = MappingProxyType(
     {
+        "remix": MethodCase(loss_of=loss_of_draws, trainer=DrawingTrainer),
         "smora": MethodCase(
             fields={"r": NUM_EXPERTS * RANK, "rank_partition": RANK, "top_k": 2 * RANK},
             second={"r": 2 * RANK},

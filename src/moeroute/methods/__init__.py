@@ -4,6 +4,7 @@ from moeroute.methods.mixlora import MixLoRA as MixLoRA
 from moeroute.methods.molora import MoLoRA as MoLoRA
 from moeroute.methods.registry import get_method as get_method
 from moeroute.methods.registry import list_methods as list_methods
+from moeroute.methods.remix import ReMix as ReMix
 from moeroute.methods.smora import SMoRA as SMoRA
 
-__all__ = ["MixLoRA", "MoLoRA", "SMoRA", "get_method", "list_methods"]
+__all__ = ["MixLoRA", "MoLoRA", "ReMix", "SMoRA", "get_method", "list_methods"]

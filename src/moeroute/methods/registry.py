@@ -8,12 +8,14 @@ from typing import Any
 
 from moeroute.methods.mixlora import MixLoRA
 from moeroute.methods.molora import MoLoRA
+from moeroute.methods.remix import ReMix
 from moeroute.methods.smora import SMoRA
 from moeroute.types import Method
 
 METHODS: dict[str, type[Method]] = {
     "mixlora": MixLoRA,
     "molora": MoLoRA,
+    "remix": ReMix,
     "smora": SMoRA,
 }
 
