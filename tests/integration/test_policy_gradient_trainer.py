@@ -1,5 +1,7 @@
 """Trainer with `PolicyGradientMixin`, and what a wrapped model does without it."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -100,7 +102,7 @@ def plain_loop(loss_of):
         total = 0.0
         for batch in now:
             loss = moeroute.policy_gradient_loss(
-                model, lambda batch=batch: loss_of(model, batch, items), copies=3
+                model, partial(loss_of, model, batch, items), copies=3
             )
             loss.backward()
             total += loss.item()
