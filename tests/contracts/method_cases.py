@@ -55,6 +55,16 @@ def seeded_loss(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> to
     return model(**batch).loss
 
 
+def loss_of_draws(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The policy gradient loss, of the same draws at every call."""
+    torch.manual_seed(11)
+    return moeroute.policy_gradient_loss(model, lambda: model(**batch).loss)
+
+
+class DrawingTrainer(moeroute.PolicyGradientMixin, Trainer):
+    """Trains routers that draw."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodCase:
     """One method in the suite.
@@ -129,6 +139,7 @@ CASES: Mapping[str, MethodCase] = MappingProxyType(
             trains=False,
             exceptions=UNTRAINED,
         ),
+        "remix": MethodCase(loss_of=loss_of_draws, trainer=DrawingTrainer),
         "smora": MethodCase(
             fields={"r": NUM_EXPERTS * RANK, "rank_partition": RANK, "top_k": 2 * RANK},
             second={"r": 2 * RANK},

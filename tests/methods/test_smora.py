@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -158,6 +159,32 @@ def test_the_bias_is_frozen_in_eval_and_counts_a_recomputation_once():
     moeroute.post_step(mixture)
     expected = 0.5 * torch.sign(counted.float().mean() - counted)
     assert torch.equal(bias_of(mixture), expected)
+
+
+def test_the_bias_is_saved_in_float32_with_the_adapter_of_a_bfloat16_base(tmp_path):
+    from safetensors.torch import load_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=31,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    base = LlamaForCausalLM(config).bfloat16()
+    model = moeroute.wrap_model(base, SMoRA(r=4, top_k=2), target_modules=["q_proj"])
+    biases = {k: v for k, v in model.state_dict().items() if k.endswith("correction_bias")}
+    for value in biases.values():
+        value.copy_(torch.linspace(0.1, 1 / 3, 4))
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    (found,) = (value for key, value in saved.items() if key.endswith("correction_bias"))
+    assert torch.equal(found, torch.linspace(0.1, 1 / 3, 4))
+    again = PeftModel.from_pretrained(LlamaForCausalLM(config).bfloat16(), tmp_path)
+    loaded = {k: v for k, v in again.state_dict().items() if k.endswith("correction_bias")}
+    assert all(torch.equal(value, biases[key]) for key, value in loaded.items())
+    assert len(loaded) == len(biases) == 1
 
 
 def test_no_tensor_is_as_wide_as_tokens_by_outputs_by_ranks():

@@ -9,6 +9,7 @@ from moeroute.methods.phatgoose import PHATGOOSE as PHATGOOSE
 from moeroute.methods.poly import Poly as Poly
 from moeroute.methods.registry import get_method as get_method
 from moeroute.methods.registry import list_methods as list_methods
+from moeroute.methods.remix import ReMix as ReMix
 from moeroute.methods.smora import SMoRA as SMoRA
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "MixLoRA",
     "MoLoRA",
     "Poly",
+    "ReMix",
     "SMoRA",
     "get_method",
     "list_methods",

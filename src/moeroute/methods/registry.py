@@ -13,6 +13,7 @@ from moeroute.methods.moelora import MOELoRA
 from moeroute.methods.molora import MoLoRA
 from moeroute.methods.phatgoose import PHATGOOSE
 from moeroute.methods.poly import Poly
+from moeroute.methods.remix import ReMix
 from moeroute.methods.smora import SMoRA
 from moeroute.types import Method
 
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
     "molora": MoLoRA,
     "phatgoose": PHATGOOSE,
     "poly": Poly,
+    "remix": ReMix,
     "smora": SMoRA,
 }
 

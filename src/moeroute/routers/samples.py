@@ -5,6 +5,8 @@ Axes: B samples, S tokens of a sample, T = B * S, H hidden, E experts, D width o
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -77,9 +79,12 @@ def to_tokens(values: Tensor, sequence_shape: tuple[int, int]) -> Tensor:
 
 
 def output_to_tokens(output: RouterOutput, sequence_shape: tuple[int, int]) -> RouterOutput:
-    """A routing of B samples as one of their T tokens."""
-    return RouterOutput(
+    """A routing of B samples as one of their T tokens; what a subclass adds stays one a sample."""
+    return replace(
+        output,
         router_logits=to_tokens(output.router_logits, sequence_shape),
         routing_weights=to_tokens(output.routing_weights, sequence_shape),
         selected_experts=to_tokens(output.selected_experts, sequence_shape),
+        max_assignments=None,
+        state=None,
     )
