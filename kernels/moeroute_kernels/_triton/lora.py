@@ -31,8 +31,8 @@ def forward(
     """Two products per expert, over its tokens; see `moeroute_kernels.lora_sorted.forward`."""
     lora_a, lora_b, x = lora_a.to(dtype), lora_b.to(dtype), row_major(x.to(dtype))
     num_rows, experts = ids.numel(), lora_a.shape[0]
-    layout = config.row_tiles(num_rows, experts, dtype)
-    order, inverse, ends, tiles = sort_and_tile(ids, experts, layout.rows)
+    block_rows = config.block_rows(num_rows, experts, dtype)
+    order, inverse, ends, tiles = sort_and_tile(ids, experts, block_rows)
     middle = mm_rows(x, lora_a, tiles, num_rows=num_rows, index=order, slots=ids.shape[1])
     rows = mm_rows(middle, lora_b.permute(1, 0, 2), tiles, num_rows=num_rows)
     out = combine(
@@ -63,8 +63,8 @@ def backward(
     need_x, need_a, need_b, need_weights = needs
     (experts, rank, ins), outs = lora_a.shape, lora_b.shape[0]
     num_rows, slots, dtype = order.shape[0], ids.shape[1], lora_a.dtype
-    layout = config.row_tiles(num_rows, experts, dtype)
-    _, inverse, ends, tiles = sort_and_tile(ids, experts, layout.rows)
+    block_rows = config.block_rows(num_rows, experts, dtype)
+    _, inverse, ends, tiles = sort_and_tile(ids, experts, block_rows)
     gradient = row_major(gradient.to(dtype))
     gates = weights.reshape(-1).index_select(0, order).float().mul_(scaling).unsqueeze(1)
     grad_x = grad_a = grad_b = grad_weights = None

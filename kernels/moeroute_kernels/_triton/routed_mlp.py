@@ -68,8 +68,8 @@ def forward(
         (T, H) in the dtype of x, and what `backward` needs.
     """
     num_experts = weights.gate_up.shape[0]
-    layout = config.row_tiles(ids.numel(), num_experts, x.dtype)
-    order, inverse, ends, tiles = sort_and_tile(ids, num_experts, layout.rows)
+    block_rows = config.block_rows(ids.numel(), num_experts, x.dtype)
+    order, inverse, ends, tiles = sort_and_tile(ids, num_experts, block_rows)
     out, pre = _through(x, weights, routing_weights, form, Plan(order, inverse, tiles), keep=True)
     return out, Saved(pre, order, ends)
 
@@ -77,12 +77,12 @@ def forward(
 def infer(x: Tensor, weights: Weights, ids: Tensor, routing_weights: Tensor, form: Form) -> Tensor:
     """Compute the MLP and keep nothing; arguments and result as in `forward`."""
     num_experts = weights.gate_up.shape[0]
-    layout = config.row_tiles(ids.numel(), num_experts, x.dtype)
+    block_rows = config.block_rows(ids.numel(), num_experts, x.dtype)
     if config.sorting_pays(*ids.shape, num_experts):
-        order, inverse, _, tiles = sort_and_tile(ids, num_experts, layout.rows)
+        order, inverse, _, tiles = sort_and_tile(ids, num_experts, block_rows)
         plan = Plan(order, inverse, tiles)
     else:
-        plan = Plan(None, None, slot_tiles(ids, layout.rows))
+        plan = Plan(None, None, slot_tiles(ids, block_rows))
     return _through(x, weights, routing_weights, form, plan, keep=False)[0]
 
 
@@ -110,6 +110,7 @@ def _through(
         bias=bias,
         scale=None if bias is None else scale,
         order=plan.order,
+        kind="rows" if keep else "inference down",
     )
     return combine(rows, plan.inverse, plan.tiles.ends, x.shape[0]), pre
 

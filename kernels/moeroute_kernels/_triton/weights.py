@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moeroute_kernels._triton import config
+from moeroute_kernels._triton.config import Tiles
+from moeroute_kernels._triton.tuning import launch
 
 SUM_ROWS = 64
 SUM_COLUMNS = 128
@@ -105,31 +107,33 @@ def mm_weights(
         `out`.
     """
     num_experts, outs, ins = out.shape
-    layout = config.weight_tiles(left.dtype, gathered=bool(gather))
-    blocks = triton.cdiv(outs, layout.rows) * triton.cdiv(ins, layout.columns)
-    if not blocks * num_experts:
-        return out
-    mm_weights_kernel[(blocks, num_experts)](
-        left,
-        right,
-        index,
-        out,
-        ends,
-        outs,
-        ins,
-        slots,
-        left.stride(0),
-        right.stride(0),
-        *out.stride(),
-        LEFT_GATHER=gather == "left",
-        RIGHT_GATHER=gather == "right",
-        OUT_TILE=layout.rows,
-        IN_TILE=layout.columns,
-        ROWS=layout.inner,
-        UPCAST=config.upcast(left.dtype),
-        num_warps=layout.warps,
-        num_stages=layout.stages,
-    )
+
+    def run(layout: Tiles) -> None:
+        blocks = triton.cdiv(outs, layout.rows) * triton.cdiv(ins, layout.columns)
+        mm_weights_kernel[(blocks, num_experts)](
+            left,
+            right,
+            index,
+            out,
+            ends,
+            outs,
+            ins,
+            slots,
+            left.stride(0),
+            right.stride(0),
+            *out.stride(),
+            LEFT_GATHER=gather == "left",
+            RIGHT_GATHER=gather == "right",
+            OUT_TILE=layout.rows,
+            IN_TILE=layout.columns,
+            ROWS=layout.inner,
+            UPCAST=config.upcast(left.dtype),
+            num_warps=layout.warps,
+            num_stages=layout.stages,
+        )
+
+    if out.numel():
+        launch(config.weights_row(left.dtype, gathered=bool(gather)), run)
     return out
 
 
