@@ -39,6 +39,7 @@ from moeroute_kernels.activations import ACTIVATIONS
 
 lora_module = importlib.import_module("moeroute_kernels.gated_lora")
 pytest.importorskip("triton", reason="the kernels are written in Triton")
+weights_module = importlib.import_module("moeroute_kernels._triton.weights")
 pytestmark = pytest.mark.usefixtures("triton_ops")
 REPEATS = 20
 BASE = Case(29, 2, 5, 40, 24)
@@ -280,3 +281,32 @@ def test_offsets_beyond_31_bits():
         "output",
         torch.float16,
     )
+
+
+class TestLongestFirst:
+    """Experts with many rows start before the others; what is computed does not change."""
+
+    @staticmethod
+    def ends(sizes: list[int]) -> Tensor:
+        return torch.tensor(sizes, device=DEVICE).cumsum(0).int()
+
+    @pytest.mark.parametrize(
+        "sizes", [[3, 0, 9, 3, 1], [7], [0, 0, 0], [5] * 40, [i * 37 % 101 for i in range(300)]]
+    )
+    def test_order(self, sizes: list[int]):
+        turns = weights_module.longest_first(self.ends(sizes))
+        expected = sorted(range(len(sizes)), key=lambda expert: -sizes[expert])
+        assert turns.tolist() == expected
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_bits_do_not_change(self, dtype: torch.dtype):
+        sizes = [2, 0, 70, 5]
+        ends = self.ends(sizes)
+        left = torch.randn(sum(sizes), 24).to(DEVICE, dtype)
+        right = torch.randn(sum(sizes), 40).to(DEVICE, dtype)
+        seen = []
+        for turns in (torch.arange(4).int().to(DEVICE), weights_module.longest_first(ends)):
+            out = torch.full((4, 24, 40), float("nan"), dtype=dtype, device=DEVICE)
+            seen.append(weights_module.mm_weights(left, right, ends, turns, out))
+        assert torch.equal(*seen)
+        assert not seen[0][1].any()

@@ -15,7 +15,7 @@ from moeroute_kernels._triton.combine import combine
 from moeroute_kernels._triton.routed_mlp import row_major
 from moeroute_kernels._triton.rows import mm_rows
 from moeroute_kernels._triton.sort import sort_and_tile
-from moeroute_kernels._triton.weights import mm_weights
+from moeroute_kernels._triton.weights import longest_first, mm_weights
 
 
 def forward(
@@ -67,13 +67,14 @@ def backward(
     _, inverse, ends, tiles = sort_and_tile(ids, experts, block_rows)
     gradient = row_major(gradient.to(dtype))
     gates = weights.reshape(-1).index_select(0, order).float().mul_(scaling).unsqueeze(1)
+    turns = longest_first(ends)
+    where = {"index": order, "slots": slots}
     grad_x = grad_a = grad_b = grad_weights = None
     if need_b:
         gated = (middle * gates).to(dtype)
         grad_b = torch.empty((outs, experts, rank), dtype=dtype, device=x.device)
-        mm_weights(
-            gradient, gated, ends, grad_b.permute(1, 0, 2), index=order, slots=slots, gather="left"
-        )
+        out = grad_b.permute(1, 0, 2)
+        mm_weights(gradient, gated, ends, turns, out, gather="left", **where)
     if not (need_x or need_a or need_weights):
         return grad_x, grad_a, grad_b, grad_weights
     ranks = mm_rows(
@@ -87,7 +88,7 @@ def backward(
     if need_a:
         grad_a = torch.empty((experts, rank, ins), dtype=dtype, device=x.device)
         rows = row_major(x.to(dtype))
-        mm_weights(ranks, rows, ends, grad_a, index=order, slots=slots, gather="right")
+        mm_weights(ranks, rows, ends, turns, grad_a, gather="right", **where)
     if need_x:
         rows = mm_rows(ranks, lora_a.transpose(1, 2), tiles, num_rows=num_rows)
         grad_x = combine(rows, inverse, ends, ids.shape[0])

@@ -20,7 +20,7 @@ from moeroute_kernels._triton.mlp_up import mlp_up
 from moeroute_kernels._triton.rows import mm_rows, tiles_for
 from moeroute_kernels._triton.sort import sort_and_tile
 from moeroute_kernels._triton.tiles import TileMap, slot_tiles
-from moeroute_kernels._triton.weights import mm_weights, sum_rows
+from moeroute_kernels._triton.weights import longest_first, mm_weights, sum_rows
 from moeroute_kernels.cpu_routed_mlp import Form, Saved, Weights
 from moeroute_kernels.cpu_routed_mlp_backward import Needs
 from moeroute_kernels.expert_sort import invert
@@ -145,14 +145,17 @@ def backward(
     if needs.x:
         rows = mm_rows(dpre, weights.gate_up.transpose(1, 2), tiles, num_rows=num_rows)
         results.append(combine(rows, invert(order), ends, x.shape[0]))
-    if needs.gate_up:
-        out = empty_weight(weights.gate_up)
-        results.append(mm_weights(dpre, x, ends, out, index=order, slots=slots, gather="right"))
-    if needs.down:
-        out = empty_weight(weights.down)
-        results.append(
-            mm_weights(gradient, activated, ends, out, index=order, slots=slots, gather="left")
-        )
+    if needs.gate_up or needs.down:
+        turns = longest_first(ends)
+        where = {"index": order, "slots": slots}
+        if needs.gate_up:
+            out = empty_weight(weights.gate_up)
+            results.append(mm_weights(dpre, x, ends, turns, out, gather="right", **where))
+        if needs.down:
+            out = empty_weight(weights.down)
+            results.append(
+                mm_weights(gradient, activated, ends, turns, out, gather="left", **where)
+            )
     if needs.routing_weights:
         results.append(dots.to(routing_weights.dtype))
     if needs.gate_up_bias and weights.gate_up_bias is not None:
