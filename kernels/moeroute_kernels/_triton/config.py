@@ -49,7 +49,9 @@ ROW_TILES = {
 }
 """Rows times a weight, by rows per expert and bytes of an element."""
 INFERENCE_TILES = ROW_TILES | {("many", 2): Tiles(128, 256, 64, 8, 3)}
-"""The same where nothing is kept for backward, which leaves registers for a wider tile."""
+"""The same where nothing is kept for backward, which leaves registers for a wider tile; not for
+pointers or masks: those spill, so only a weight that `source.comes_whole` takes it."""
+WHOLE_STEP = 64
 INNER_TILES = {
     ("few", 2): Tiles(16, 64, 128, 4, 4, swapped=True),
     ("some", 2): Tiles(64, 64, 64, 8, 4),
@@ -101,11 +103,7 @@ RESERVED = 4096
 """Bytes of it for reductions and barriers."""
 LEAST_STAGES = 2
 LEAST_COLUMNS = 64
-"""Columns are halved down to this where not even so many stages fit, or the registers spill."""
-WGMMA = (90, 100, 103, 110)
-"""Architectures whose products take their operands from shared memory, not from registers."""
-MOST_WITHOUT_WGMMA = 128 * 128
-"""Elements of a tile on the others; 128 x 256 of them spill."""
+"""Columns are halved down to this where not even so many stages fit."""
 UNSORTED_SHARE = 0.25
 """Most slots per expert that inference leaves unsorted."""
 POINTWISE_ROWS = 16
@@ -167,22 +165,14 @@ def block_rows(num_rows: int, num_groups: int, dtype: torch.dtype) -> int:
 
 
 def table_tiles(row: Row) -> Tiles:
-    """What the table says, as far as the device's registers and shared memory hold it."""
+    """What the table says, as far as the device's shared memory holds it."""
     tiles = TABLE[row.kind][row.rows, row.itemsize]
     limit = shared_memory()
     if limit is None:
         return tiles
-    while tiles.columns > LEAST_COLUMNS and (
-        LEAST_STAGES * stage_bytes(tiles, row) > limit or not holds(tiles)
-    ):
+    while tiles.columns > LEAST_COLUMNS and LEAST_STAGES * stage_bytes(tiles, row) > limit:
         tiles = replace(tiles, columns=tiles.columns // 2)
     return replace(tiles, stages=max(min(tiles.stages, limit // stage_bytes(tiles, row)), 1))
-
-
-def holds(tiles: Tiles) -> bool:
-    """Whether the device's registers hold the sums of a tile beside what it is made of."""
-    target = triton.runtime.driver.active.get_current_target()
-    return target.arch in WGMMA or tiles.rows * tiles.columns <= MOST_WITHOUT_WGMMA
 
 
 def stage_bytes(tiles: Tiles, row: Row) -> int:

@@ -18,7 +18,7 @@ from moeroute_kernels._triton.config import Tiles
 from moeroute_kernels._triton.form import DeviceForm
 from moeroute_kernels._triton.glu import activate
 from moeroute_kernels._triton.product import GROUP, place_of, product
-from moeroute_kernels._triton.source import weight_source
+from moeroute_kernels._triton.source import comes_whole, weight_source
 from moeroute_kernels._triton.tiles import TileMap, slots_of, tile_expert, tile_rows
 from moeroute_kernels._triton.tuning import launch
 
@@ -226,6 +226,8 @@ def mlp_up(
         )
 
     if num_tiles * width:
-        kind = "up" if keep else "inference up"
+        # without a gate, the registers hold twice the activations: some of them spill
+        wide = not keep and form.gated and comes_whole(weight)
+        kind = "inference up" if wide else "up"
         launch(config.product_row(kind, num_rows, num_experts, x.dtype), run)
     return pre, out

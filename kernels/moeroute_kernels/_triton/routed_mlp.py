@@ -19,6 +19,7 @@ from moeroute_kernels._triton.mlp_inner import mlp_inner
 from moeroute_kernels._triton.mlp_up import mlp_up
 from moeroute_kernels._triton.rows import mm_rows, tiles_for
 from moeroute_kernels._triton.sort import sort_and_tile
+from moeroute_kernels._triton.source import comes_whole
 from moeroute_kernels._triton.tiles import TileMap, slot_tiles
 from moeroute_kernels._triton.weights import longest_first, mm_weights, sum_rows
 from moeroute_kernels.cpu_routed_mlp import Form, Saved, Weights
@@ -110,7 +111,7 @@ def _through(
         bias=bias,
         scale=None if bias is None else scale,
         order=plan.order,
-        kind="rows" if keep else "inference down",
+        kind="rows" if keep or not comes_whole(weights.down) else "inference down",
     )
     return combine(rows, plan.inverse, plan.tiles.ends, x.shape[0]), pre
 
