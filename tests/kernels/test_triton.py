@@ -5,7 +5,6 @@ comparison are those of the other tests of the ops.
 """
 
 import importlib
-import mmap
 from collections.abc import Callable
 
 import pytest
@@ -18,7 +17,6 @@ from triton_cases import (
     DTYPES,
     check,
     check_inference,
-    close,
     compare,
     counting_launches,
     exactly,
@@ -262,25 +260,6 @@ class TestUnsorted:
 @pytest.mark.parametrize("name", CASES)
 def test_inference(name: str, dtype: torch.dtype):
     check_inference(CASES[name].but(dtype=dtype))
-
-
-def test_offsets_beyond_31_bits():
-    """The last expert's matrix lies more than 2**31 elements behind the first one's."""
-    experts, out, width = 3, 8, 16
-    gap = 2**30 + 64
-    pages = mmap.mmap(-1, (experts - 1) * gap * 2 + out * width * 2)
-    flat = torch.frombuffer(pages, dtype=torch.float16)
-    weight = torch.as_strided(flat, (experts, out, width), (gap, width, 1))
-    weight.copy_(torch.randn(experts, out, width))
-    x = torch.randn(6, width).half()
-    ends = torch.tensor([2, 3, 6], dtype=torch.int32)
-    close(
-        "grouped_mm",
-        grouped_mm(x, weight, ends),
-        reference.grouped_mm(x, weight, ends),
-        "output",
-        torch.float16,
-    )
 
 
 class TestLongestFirst:
