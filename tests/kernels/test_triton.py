@@ -37,6 +37,7 @@ from moeroute_kernels.activations import ACTIVATIONS
 
 lora_module = importlib.import_module("moeroute_kernels.gated_lora")
 pytest.importorskip("triton", reason="the kernels are written in Triton")
+source_module = importlib.import_module("moeroute_kernels._triton.source")
 weights_module = importlib.import_module("moeroute_kernels._triton.weights")
 pytestmark = pytest.mark.usefixtures("triton_ops")
 REPEATS = 20
@@ -260,6 +261,25 @@ class TestUnsorted:
 @pytest.mark.parametrize("name", CASES)
 def test_inference(name: str, dtype: torch.dtype):
     check_inference(CASES[name].but(dtype=dtype))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_inference_in_wide_tiles(dtype: torch.dtype, transposed: bool, interleaved: bool):
+    """Many rows per expert, and weights that come in whole steps."""
+    case = Case(220, 2, 3, 128, 192, transposed=transposed, interleaved=interleaved, dtype=dtype)
+    check_inference(case)
+
+
+def test_only_whole_steps_by_tma_take_wide_tiles():
+    stack = torch.zeros(2, 192, 128, dtype=torch.bfloat16, device=DEVICE)
+    has_tma = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
+    assert source_module.comes_whole(stack) == has_tma
+    assert source_module.comes_whole(stack.transpose(1, 2)) == has_tma
+    assert not source_module.comes_whole(stack[:, :, :96])
+    assert not source_module.comes_whole(stack.float())
+    assert not source_module.comes_whole(stack[:, :, ::2])
 
 
 class TestLongestFirst:

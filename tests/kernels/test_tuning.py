@@ -17,7 +17,7 @@ from moeroute_kernels._triton.config import Row, Tiles
 
 ROW = config.product_row("rows", 4096, 8, torch.bfloat16)
 TABLE_TILES = config.TABLE["rows"]["many", 2]
-FASTEST = Tiles(128, 256, 64, 4, 5)
+FASTEST = Tiles(128, 128, 32, 4, 3)
 UNCOMPILED = Tiles(128, 64, 32, 4, 3)
 
 
