@@ -1,6 +1,6 @@
 """Tiles are measured where the environment asks for it, kept for the process, and printed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -22,7 +22,15 @@ UNCOMPILED = Tiles(128, 64, 32, 4, 3)
 
 
 @pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> list[Tiles]:
+def forget() -> Iterator[None]:
+    """Keep nothing that was found from one test to the next."""
+    tuning.found_on.cache_clear()
+    yield
+    tuning.found_on.cache_clear()
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch, forget: None) -> list[Tiles]:
     """Ask for measured tiles, with a timer that knows the fastest; yields what it was given."""
     given: list[Tiles] = []
 
@@ -34,7 +42,6 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[Tiles]:
 
     monkeypatch.setenv("MOEROUTE_AUTOTUNE", "1")
     monkeypatch.setattr(tuning, "milliseconds", milliseconds)
-    monkeypatch.setattr(tuning, "_best", {})
     return given
 
 
@@ -113,7 +120,7 @@ def test_what_does_not_fit_is_left_out_and_said(
     assert "skipped" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("triton_ops")
+@pytest.mark.usefixtures("triton_ops", "forget")
 @pytest.mark.parametrize("activation", ["silu_glu", "relu2"])
 def test_measured_tiles_compute_the_same(activation: str, monkeypatch: pytest.MonkeyPatch):
     """Launches are repeated, and whatever tiles win, output and gradients are right."""
@@ -129,8 +136,7 @@ def test_measured_tiles_compute_the_same(activation: str, monkeypatch: pytest.Mo
 
     monkeypatch.setenv("MOEROUTE_AUTOTUNE", "1")
     monkeypatch.setattr(tuning, "milliseconds", milliseconds)
-    monkeypatch.setattr(tuning, "_best", {})
     check(Case(5, 2, 3, 24, 16, activation=activation, bias=True))
-    kinds = {row.kind for _, row in tuning._best}
+    kinds = {row.kind for row in tuning.found_on(tuning.device_name())}
     assert kinds == {"rows", "up", "inner", "gathered weights"}
     assert len(tried) > 10 * len(kinds)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import triton
+from torch import Tensor
 
 FEW_ROWS = 24
 """Most rows per expert for which a tile has 16 rows, and rows and columns change places."""
@@ -118,7 +119,7 @@ def rows_class(num_rows: int, num_groups: int) -> str:
     return "some" if mean <= SOME_ROWS else "many"
 
 
-def sorting_pays(num_tokens: int, num_slots: int, num_experts: int) -> bool:
+def sorting_pays(ids: Tensor, num_groups: int) -> bool:
     """Tell whether inference sorts its slots, or makes each of them a tile of its own.
 
     What sorting saves is reading an expert's weights once for all its rows. One token's experts
@@ -127,11 +128,10 @@ def sorting_pays(num_tokens: int, num_slots: int, num_experts: int) -> bool:
     most already, as neighbouring tiles run side by side. That is worth less than the launch.
 
     Args:
-        num_tokens: T.
-        num_slots: K, of one token.
-        num_experts: E.
+        ids: (T, K).
+        num_groups: E.
     """
-    return num_tokens > 1 and num_tokens * num_slots > num_experts * UNSORTED_SHARE
+    return ids.shape[0] > 1 and ids.numel() > num_groups * UNSORTED_SHARE
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ def infer(x: Tensor, weights: Weights, ids: Tensor, routing_weights: Tensor, for
     """Compute the MLP and keep nothing; arguments and result as in `forward`."""
     num_experts = weights.gate_up.shape[0]
     block_rows = config.block_rows(ids.numel(), num_experts, x.dtype)
-    if config.sorting_pays(*ids.shape, num_experts):
+    if config.sorting_pays(ids, num_experts):
         order, inverse, _, tiles = sort_and_tile(ids, num_experts, block_rows)
         plan = Plan(order, inverse, tiles)
     else:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import TypeVar
 
@@ -26,9 +26,6 @@ from moeroute_kernels._triton.config import Row, Tiles
 Result = TypeVar("Result")
 WARPS = (4, 8)
 LEAST_INNER = 32
-
-_best: dict[tuple[str, Row], Tiles] = {}
-"""What was found in this process, by name of the device."""
 
 
 def launch(row: Row, run: Callable[[Tiles], Result]) -> Result:
@@ -49,11 +46,17 @@ def asked() -> bool:
 
 def best_tiles(row: Row, tiles: Tiles, run: Callable[[Tiles], object]) -> Tiles:
     """The fastest tiles of a row on this device, measured once; `tiles` if a graph is captured."""
-    key = device_name(), row
+    found = found_on(device_name())
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    if key not in _best and not capturing:
-        _best[key] = search(row, tiles, run)
-    return _best.get(key, tiles)
+    if row not in found and not capturing:
+        found[row] = search(row, tiles, run)
+    return found.get(row, tiles)
+
+
+@cache
+def found_on(device: str) -> dict[Row, Tiles]:
+    """What this process has found on the devices of a name; empty at first."""
+    return {}
 
 
 def search(row: Row, tiles: Tiles, run: Callable[[Tiles], object]) -> Tiles:
