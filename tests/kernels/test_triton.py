@@ -5,7 +5,6 @@ comparison are those of the other tests of the ops.
 """
 
 import importlib
-import mmap
 from collections.abc import Callable
 
 import pytest
@@ -18,7 +17,6 @@ from triton_cases import (
     DTYPES,
     check,
     check_inference,
-    close,
     compare,
     counting_launches,
     exactly,
@@ -39,6 +37,8 @@ from moeroute_kernels.activations import ACTIVATIONS
 
 lora_module = importlib.import_module("moeroute_kernels.gated_lora")
 pytest.importorskip("triton", reason="the kernels are written in Triton")
+source_module = importlib.import_module("moeroute_kernels._triton.source")
+weights_module = importlib.import_module("moeroute_kernels._triton.weights")
 pytestmark = pytest.mark.usefixtures("triton_ops")
 REPEATS = 20
 BASE = Case(29, 2, 5, 40, 24)
@@ -263,20 +263,49 @@ def test_inference(name: str, dtype: torch.dtype):
     check_inference(CASES[name].but(dtype=dtype))
 
 
-def test_offsets_beyond_31_bits():
-    """The last expert's matrix lies more than 2**31 elements behind the first one's."""
-    experts, out, width = 3, 8, 16
-    gap = 2**30 + 64
-    pages = mmap.mmap(-1, (experts - 1) * gap * 2 + out * width * 2)
-    flat = torch.frombuffer(pages, dtype=torch.float16)
-    weight = torch.as_strided(flat, (experts, out, width), (gap, width, 1))
-    weight.copy_(torch.randn(experts, out, width))
-    x = torch.randn(6, width).half()
-    ends = torch.tensor([2, 3, 6], dtype=torch.int32)
-    close(
-        "grouped_mm",
-        grouped_mm(x, weight, ends),
-        reference.grouped_mm(x, weight, ends),
-        "output",
-        torch.float16,
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_inference_in_wide_tiles(dtype: torch.dtype, transposed: bool, interleaved: bool):
+    """Many rows per expert, and weights that come in whole steps."""
+    case = Case(220, 2, 3, 128, 192, transposed=transposed, interleaved=interleaved, dtype=dtype)
+    check_inference(case)
+
+
+def test_only_whole_steps_by_tma_take_wide_tiles():
+    stack = torch.zeros(2, 192, 128, dtype=torch.bfloat16, device=DEVICE)
+    has_tma = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
+    assert source_module.comes_whole(stack) == has_tma
+    assert source_module.comes_whole(stack.transpose(1, 2)) == has_tma
+    assert not source_module.comes_whole(stack[:, :, :96])
+    assert not source_module.comes_whole(stack.float())
+    assert not source_module.comes_whole(stack[:, :, ::2])
+
+
+class TestLongestFirst:
+    """Experts with many rows start before the others; what is computed does not change."""
+
+    @staticmethod
+    def ends(sizes: list[int]) -> Tensor:
+        return torch.tensor(sizes, device=DEVICE).cumsum(0).int()
+
+    @pytest.mark.parametrize(
+        "sizes", [[3, 0, 9, 3, 1], [7], [0, 0, 0], [5] * 40, [i * 37 % 101 for i in range(300)]]
     )
+    def test_order(self, sizes: list[int]):
+        turns = weights_module.longest_first(self.ends(sizes))
+        expected = sorted(range(len(sizes)), key=lambda expert: -sizes[expert])
+        assert turns.tolist() == expected
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_bits_do_not_change(self, dtype: torch.dtype):
+        sizes = [2, 0, 70, 5]
+        ends = self.ends(sizes)
+        left = torch.randn(sum(sizes), 24).to(DEVICE, dtype)
+        right = torch.randn(sum(sizes), 40).to(DEVICE, dtype)
+        seen = []
+        for turns in (torch.arange(4).int().to(DEVICE), weights_module.longest_first(ends)):
+            out = torch.full((4, 24, 40), float("nan"), dtype=dtype, device=DEVICE)
+            seen.append(weights_module.mm_weights(left, right, ends, turns, out))
+        assert torch.equal(*seen)
+        assert not seen[0][1].any()

@@ -19,8 +19,9 @@ from moeroute_kernels._triton.mlp_inner import mlp_inner
 from moeroute_kernels._triton.mlp_up import mlp_up
 from moeroute_kernels._triton.rows import mm_rows, tiles_for
 from moeroute_kernels._triton.sort import sort_and_tile
+from moeroute_kernels._triton.source import comes_whole
 from moeroute_kernels._triton.tiles import TileMap, slot_tiles
-from moeroute_kernels._triton.weights import mm_weights, sum_rows
+from moeroute_kernels._triton.weights import longest_first, mm_weights, sum_rows
 from moeroute_kernels.cpu_routed_mlp import Form, Saved, Weights
 from moeroute_kernels.cpu_routed_mlp_backward import Needs
 from moeroute_kernels.expert_sort import invert
@@ -68,8 +69,8 @@ def forward(
         (T, H) in the dtype of x, and what `backward` needs.
     """
     num_experts = weights.gate_up.shape[0]
-    layout = config.row_tiles(ids.numel(), num_experts, x.dtype)
-    order, inverse, ends, tiles = sort_and_tile(ids, num_experts, layout.rows)
+    block_rows = config.block_rows(ids.numel(), num_experts, x.dtype)
+    order, inverse, ends, tiles = sort_and_tile(ids, num_experts, block_rows)
     out, pre = _through(x, weights, routing_weights, form, Plan(order, inverse, tiles), keep=True)
     return out, Saved(pre, order, ends)
 
@@ -77,12 +78,12 @@ def forward(
 def infer(x: Tensor, weights: Weights, ids: Tensor, routing_weights: Tensor, form: Form) -> Tensor:
     """Compute the MLP and keep nothing; arguments and result as in `forward`."""
     num_experts = weights.gate_up.shape[0]
-    layout = config.row_tiles(ids.numel(), num_experts, x.dtype)
-    if config.sorting_pays(*ids.shape, num_experts):
-        order, inverse, _, tiles = sort_and_tile(ids, num_experts, layout.rows)
+    block_rows = config.block_rows(ids.numel(), num_experts, x.dtype)
+    if config.sorting_pays(ids, num_experts):
+        order, inverse, _, tiles = sort_and_tile(ids, num_experts, block_rows)
         plan = Plan(order, inverse, tiles)
     else:
-        plan = Plan(None, None, slot_tiles(ids, layout.rows))
+        plan = Plan(None, None, slot_tiles(ids, block_rows))
     return _through(x, weights, routing_weights, form, plan, keep=False)[0]
 
 
@@ -110,6 +111,7 @@ def _through(
         bias=bias,
         scale=None if bias is None else scale,
         order=plan.order,
+        kind="rows" if keep or not comes_whole(weights.down) else "inference down",
     )
     return combine(rows, plan.inverse, plan.tiles.ends, x.shape[0]), pre
 
@@ -144,14 +146,17 @@ def backward(
     if needs.x:
         rows = mm_rows(dpre, weights.gate_up.transpose(1, 2), tiles, num_rows=num_rows)
         results.append(combine(rows, invert(order), ends, x.shape[0]))
-    if needs.gate_up:
-        out = empty_weight(weights.gate_up)
-        results.append(mm_weights(dpre, x, ends, out, index=order, slots=slots, gather="right"))
-    if needs.down:
-        out = empty_weight(weights.down)
-        results.append(
-            mm_weights(gradient, activated, ends, out, index=order, slots=slots, gather="left")
-        )
+    if needs.gate_up or needs.down:
+        turns = longest_first(ends)
+        where = {"index": order, "slots": slots}
+        if needs.gate_up:
+            out = empty_weight(weights.gate_up)
+            results.append(mm_weights(dpre, x, ends, turns, out, gather="right", **where))
+        if needs.down:
+            out = empty_weight(weights.down)
+            results.append(
+                mm_weights(gradient, activated, ends, turns, out, gather="left", **where)
+            )
     if needs.routing_weights:
         results.append(dots.to(routing_weights.dtype))
     if needs.gate_up_bias and weights.gate_up_bias is not None:
