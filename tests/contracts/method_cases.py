@@ -30,6 +30,11 @@ def permute_experts(key: str, parameter: torch.Tensor, order: torch.Tensor) -> t
     return parameter[order]
 
 
+def permute_heads(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """As `permute_experts` for experts that share A."""
+    return parameter if key.endswith("lora_a") else permute_experts(key, parameter, order)
+
+
 def loss_of_output(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """What the model says its loss is."""
     return model(**batch).loss
@@ -109,6 +114,7 @@ CASES: Mapping[str, MethodCase] = MappingProxyType(
             trains=False,
             exceptions=UNTRAINED,
         ),
+        "hydralora": MethodCase(permute=permute_heads),
         "smora": MethodCase(
             fields={"r": NUM_EXPERTS * RANK, "rank_partition": RANK, "top_k": 2 * RANK},
             second={"r": 2 * RANK},

@@ -1,6 +1,7 @@
 """Published methods, one file a paper, and the table that names them."""
 
 from moeroute.methods.arrow import Arrow as Arrow
+from moeroute.methods.hydralora import HydraLoRA as HydraLoRA
 from moeroute.methods.mixlora import MixLoRA as MixLoRA
 from moeroute.methods.molora import MoLoRA as MoLoRA
 from moeroute.methods.phatgoose import PHATGOOSE as PHATGOOSE
@@ -8,4 +9,13 @@ from moeroute.methods.registry import get_method as get_method
 from moeroute.methods.registry import list_methods as list_methods
 from moeroute.methods.smora import SMoRA as SMoRA
 
-__all__ = ["PHATGOOSE", "Arrow", "MixLoRA", "MoLoRA", "SMoRA", "get_method", "list_methods"]
+__all__ = [
+    "PHATGOOSE",
+    "Arrow",
+    "HydraLoRA",
+    "MixLoRA",
+    "MoLoRA",
+    "SMoRA",
+    "get_method",
+    "list_methods",
+]

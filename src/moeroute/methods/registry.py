@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from moeroute.methods.arrow import Arrow
+from moeroute.methods.hydralora import HydraLoRA
 from moeroute.methods.mixlora import MixLoRA
 from moeroute.methods.molora import MoLoRA
 from moeroute.methods.phatgoose import PHATGOOSE
@@ -15,6 +16,7 @@ from moeroute.types import Method
 
 METHODS: dict[str, type[Method]] = {
     "arrow": Arrow,
+    "hydralora": HydraLoRA,
     "mixlora": MixLoRA,
     "molora": MoLoRA,
     "smora": SMoRA,
