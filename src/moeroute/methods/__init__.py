@@ -3,6 +3,7 @@
 from moeroute.methods.arrow import Arrow as Arrow
 from moeroute.methods.hydralora import HydraLoRA as HydraLoRA
 from moeroute.methods.mixlora import MixLoRA as MixLoRA
+from moeroute.methods.mola import MoLA as MoLA
 from moeroute.methods.molora import MoLoRA as MoLoRA
 from moeroute.methods.phatgoose import PHATGOOSE as PHATGOOSE
 from moeroute.methods.registry import get_method as get_method
@@ -14,6 +15,7 @@ __all__ = [
     "Arrow",
     "HydraLoRA",
     "MixLoRA",
+    "MoLA",
     "MoLoRA",
     "SMoRA",
     "get_method",

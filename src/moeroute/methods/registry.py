@@ -9,6 +9,7 @@ from typing import Any
 from moeroute.methods.arrow import Arrow
 from moeroute.methods.hydralora import HydraLoRA
 from moeroute.methods.mixlora import MixLoRA
+from moeroute.methods.mola import MoLA
 from moeroute.methods.molora import MoLoRA
 from moeroute.methods.phatgoose import PHATGOOSE
 from moeroute.methods.smora import SMoRA
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     "arrow": Arrow,
     "hydralora": HydraLoRA,
     "mixlora": MixLoRA,
+    "mola": MoLA,
     "molora": MoLoRA,
     "smora": SMoRA,
     "phatgoose": PHATGOOSE,
