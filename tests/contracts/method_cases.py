@@ -35,6 +35,11 @@ def permute_heads(key: str, parameter: torch.Tensor, order: torch.Tensor) -> tor
     return parameter if key.endswith("lora_a") else permute_experts(key, parameter, order)
 
 
+def permute_above_threshold(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """As `permute_experts` beside a threshold that belongs to no expert."""
+    return parameter if ".threshold." in key else permute_experts(key, parameter, order)
+
+
 def loss_of_output(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """What the model says its loss is."""
     return model(**batch).loss
@@ -108,6 +113,7 @@ UNTRAINED = NEEDS_ADAPTERS | {
 
 CASES: Mapping[str, MethodCase] = MappingProxyType(
     {
+        "adamole": MethodCase(permute=permute_above_threshold),
         "arrow": MethodCase(
             fields={"top_k": 2, **EXISTING},
             second={"top_k": 1},

@@ -1,5 +1,6 @@
 """Published methods, one file a paper, and the table that names them."""
 
+from moeroute.methods.adamole import AdaMoLE as AdaMoLE
 from moeroute.methods.arrow import Arrow as Arrow
 from moeroute.methods.hydralora import HydraLoRA as HydraLoRA
 from moeroute.methods.mixlora import MixLoRA as MixLoRA
@@ -12,6 +13,7 @@ from moeroute.methods.smora import SMoRA as SMoRA
 
 __all__ = [
     "PHATGOOSE",
+    "AdaMoLE",
     "Arrow",
     "HydraLoRA",
     "MixLoRA",

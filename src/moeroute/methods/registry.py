@@ -6,6 +6,7 @@ import difflib
 from dataclasses import asdict, fields
 from typing import Any
 
+from moeroute.methods.adamole import AdaMoLE
 from moeroute.methods.arrow import Arrow
 from moeroute.methods.hydralora import HydraLoRA
 from moeroute.methods.mixlora import MixLoRA
@@ -16,6 +17,7 @@ from moeroute.methods.smora import SMoRA
 from moeroute.types import Method
 
 METHODS: dict[str, type[Method]] = {
+    "adamole": AdaMoLE,
     "arrow": Arrow,
     "hydralora": HydraLoRA,
     "mixlora": MixLoRA,
