@@ -2,6 +2,7 @@
 
 from moeroute.methods.adamole import AdaMoLE as AdaMoLE
 from moeroute.methods.arrow import Arrow as Arrow
+from moeroute.methods.dynmole import DynMoLE as DynMoLE
 from moeroute.methods.hydralora import HydraLoRA as HydraLoRA
 from moeroute.methods.mixlora import MixLoRA as MixLoRA
 from moeroute.methods.mola import MoLA as MoLA
@@ -15,6 +16,7 @@ __all__ = [
     "PHATGOOSE",
     "AdaMoLE",
     "Arrow",
+    "DynMoLE",
     "HydraLoRA",
     "MixLoRA",
     "MoLA",

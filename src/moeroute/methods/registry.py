@@ -8,6 +8,7 @@ from typing import Any
 
 from moeroute.methods.adamole import AdaMoLE
 from moeroute.methods.arrow import Arrow
+from moeroute.methods.dynmole import DynMoLE
 from moeroute.methods.hydralora import HydraLoRA
 from moeroute.methods.mixlora import MixLoRA
 from moeroute.methods.mola import MoLA
@@ -19,6 +20,7 @@ from moeroute.types import Method
 METHODS: dict[str, type[Method]] = {
     "adamole": AdaMoLE,
     "arrow": Arrow,
+    "dynmole": DynMoLE,
     "hydralora": HydraLoRA,
     "mixlora": MixLoRA,
     "mola": MoLA,
