@@ -4,6 +4,7 @@ from moeroute.methods.adamole import AdaMoLE as AdaMoLE
 from moeroute.methods.arrow import Arrow as Arrow
 from moeroute.methods.dynmole import DynMoLE as DynMoLE
 from moeroute.methods.hydralora import HydraLoRA as HydraLoRA
+from moeroute.methods.loramoe import LoRAMoE as LoRAMoE
 from moeroute.methods.mixlora import MixLoRA as MixLoRA
 from moeroute.methods.mola import MoLA as MoLA
 from moeroute.methods.molora import MoLoRA as MoLoRA
@@ -18,6 +19,7 @@ __all__ = [
     "Arrow",
     "DynMoLE",
     "HydraLoRA",
+    "LoRAMoE",
     "MixLoRA",
     "MoLA",
     "MoLoRA",

@@ -10,6 +10,7 @@ from moeroute.methods.adamole import AdaMoLE
 from moeroute.methods.arrow import Arrow
 from moeroute.methods.dynmole import DynMoLE
 from moeroute.methods.hydralora import HydraLoRA
+from moeroute.methods.loramoe import LoRAMoE
 from moeroute.methods.mixlora import MixLoRA
 from moeroute.methods.mola import MoLA
 from moeroute.methods.molora import MoLoRA
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Method]] = {
     "arrow": Arrow,
     "dynmole": DynMoLE,
     "hydralora": HydraLoRA,
+    "loramoe": LoRAMoE,
     "mixlora": MixLoRA,
     "mola": MoLA,
     "molora": MoLoRA,
