@@ -30,6 +30,16 @@ def permute_experts(key: str, parameter: torch.Tensor, order: torch.Tensor) -> t
     return parameter[order]
 
 
+def permute_heads(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """As `permute_experts` for experts that share A."""
+    return parameter if key.endswith("lora_a") else permute_experts(key, parameter, order)
+
+
+def permute_above_threshold(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """As `permute_experts` beside a threshold that belongs to no expert."""
+    return parameter if ".threshold." in key else permute_experts(key, parameter, order)
+
+
 def loss_of_output(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """What the model says its loss is."""
     return model(**batch).loss
@@ -72,7 +82,8 @@ class MethodCase:
     Attributes:
         fields: Of the small method.
         second: Fields that another small method of the kind has.
-        by_task: Whether its routers need task_ids.
+        by_task: Whether its routers or losses need task_ids.
+        num_tasks: How many task ids it knows.
         trains: Whether it has parameters.
         loss_of: (model, batch) to the loss that the method trains on, the same at every call.
         trainer: What makes a Trainer that trains all of the method.
@@ -84,6 +95,7 @@ class MethodCase:
     fields: Mapping[str, Any] = field(default_factory=lambda: SMALL)
     second: Mapping[str, Any] = field(default_factory=lambda: {"r": 2})
     by_task: bool = False
+    num_tasks: int = NUM_TASKS
     trains: bool = True
     loss_of: Callable[[torch.nn.Module, Mapping[str, torch.Tensor]], torch.Tensor] = loss_of_output
     trainer: Callable[..., Trainer] = Trainer
@@ -133,6 +145,7 @@ UNTRAINED = NEEDS_ADAPTERS | {
 
 CASES: Mapping[str, MethodCase] = MappingProxyType(
     {
+        "adamole": MethodCase(permute=permute_above_threshold),
         "arrow": MethodCase(
             fields={"top_k": 2, **EXISTING},
             second={"top_k": 1},
@@ -140,6 +153,8 @@ CASES: Mapping[str, MethodCase] = MappingProxyType(
             exceptions=UNTRAINED,
         ),
         "remix": MethodCase(loss_of=loss_of_draws, trainer=DrawingTrainer),
+        "hydralora": MethodCase(permute=permute_heads),
+        "loramoe": MethodCase(by_task=True, num_tasks=2),
         "smora": MethodCase(
             fields={"r": NUM_EXPERTS * RANK, "rank_partition": RANK, "top_k": 2 * RANK},
             second={"r": 2 * RANK},
@@ -195,4 +210,7 @@ def with_tasks(name: str, batch: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     """The batch with what the method's routers need to know of its samples."""
     if not case_of(name).by_task:
         return batch
-    return {**batch, "task_ids": torch.arange(batch["input_ids"].shape[0]) % NUM_TASKS}
+    return {
+        **batch,
+        "task_ids": torch.arange(batch["input_ids"].shape[0]) % case_of(name).num_tasks,
+    }

@@ -28,13 +28,17 @@ class ExpertFields(AdapterFields, Protocol):
         ...
 
 
-class LoRAFields(ExpertFields, Protocol):
-    """The fields of a mixture with a balance loss."""
+class BalancedFields(Protocol):
+    """The field of a method with a balance loss."""
 
     @property
     def router_aux_loss_coef(self) -> float:
         """Weight of the balance loss."""
         ...
+
+
+class LoRAFields(ExpertFields, BalancedFields, Protocol):
+    """The fields of a mixture with a balance loss."""
 
 
 def check_adapter_fields(method: AdapterFields) -> None:
@@ -59,6 +63,11 @@ def check_expert_fields(method: ExpertFields) -> None:
 def check_lora_fields(method: LoRAFields) -> None:
     """As `check_expert_fields`, and the weight of the balance loss."""
     check_expert_fields(method)
+    check_balance_weight(method)
+
+
+def check_balance_weight(method: BalancedFields) -> None:
+    """Raise ValueError if the weight of the balance loss is negative."""
     if method.router_aux_loss_coef < 0.0:
         raise ValueError(
             f"{type(method).__name__}: router_aux_loss_coef={method.router_aux_loss_coef} would "
