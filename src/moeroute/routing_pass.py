@@ -42,6 +42,50 @@ class SampleInputs:
     embeddings: Tensor | None = None
 
 
+class StateChain:
+    """What recurrent routers hand from layer to layer, for one forward.
+
+    A recomputation under activation checkpointing goes through the layers backwards, so what each
+    layer was handed is kept until the next forward.
+    """
+
+    def __init__(self) -> None:
+        self.latest: Tensor | None = None
+        self._handed: dict[str, tuple[Tensor | None, bool]] = {}
+        self._visited_twice: set[str] = set()
+
+    def before(self, site: str, *, first_time: bool) -> Tensor | None:
+        """The state that the layer before `site` handed on.
+
+        Args:
+            site: Name of the layer that asks.
+            first_time: True in the forward, False in a recomputation.
+
+        Raises:
+            RuntimeError: In a recomputation, if the state has lost its graph or is not known.
+        """
+        if first_time:
+            if site in self._handed:
+                self._visited_twice.add(site)
+            self._handed[site] = (self.latest, torch.is_grad_enabled())
+            return self.latest
+        state, had_graph = self._handed.get(site, (None, True))
+        if state is None:
+            return None
+        if torch.is_grad_enabled() and not had_graph:
+            raise RuntimeError(
+                f"{site}: the state of the layer before has no gradient: reentrant activation "
+                "checkpointing runs the layers without a graph, and the gradients of a recurrent "
+                'router would be wrong. Use gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        if site in self._visited_twice:
+            raise RuntimeError(
+                f"{site} ran twice in one forward, so that a recomputation does not know which "
+                "state it was handed; switch activation checkpointing off for a recurrent router"
+            )
+        return state
+
+
 class RoutingPass:
     """The records of the current forward pass and the side inputs that routers need.
 
@@ -60,6 +104,8 @@ class RoutingPass:
         self._announced: SampleInputs | None = None
         self._standing = SampleInputs()
         self._memories: WeakKeyDictionary[Any, Memory] | None = None
+        self._states = StateChain()
+        self._batch_shape: tuple[int, int] | None = None
         self._unread_losses = False
         self._listeners: tuple[Listener, ...] = ()
 
@@ -68,6 +114,7 @@ class RoutingPass:
         *,
         token_ids: Tensor | None = None,
         token_mask: Tensor | None = None,
+        batch_shape: tuple[int, int] | None = None,
         samples: SampleInputs | None = None,
         cache: Any = None,
         remembers: bool = False,
@@ -77,6 +124,7 @@ class RoutingPass:
         Args:
             token_ids: (B, S).
             token_mask: (B, S) bool.
+            batch_shape: (B, S), for calls that have embeddings instead of ids.
             samples: What this call says of its samples; None takes what was announced for it, or
                 what stands for every call.
             cache: The key-value cache that this call continues, or None.
@@ -91,7 +139,11 @@ class RoutingPass:
             )
         self.records = {}
         self._unread_losses = False
+        self._states = StateChain()
         self.token_ids, self.token_mask = token_ids, token_mask
+        if batch_shape is None and token_ids is not None and token_ids.ndim == 2:
+            batch_shape = (token_ids.shape[0], token_ids.shape[1])
+        self._batch_shape = batch_shape
         self.samples = samples or self._announced or self._standing
         self._announced = None
         self.memory = (self._remembered(cache) or {}) if remembers else None
@@ -184,16 +236,28 @@ class RoutingPass:
             task_ids=_for_batch(self.samples.task_ids, shape[0]),
             sample_embeddings=_for_batch(self.samples.embeddings, shape[0]),
             memory=None if self.memory is None else self.memory.setdefault(site, {}),
+            state=self._states.before(site, first_time=self.is_open) if self.rooted else None,
         )
+
+    def hand_on(self, site: str, state: Tensor) -> None:
+        """Keep a layer's state for the next routed layer of this forward.
+
+        A pass without a root has no next layer: there the state is dropped. A recomputation hands
+        nothing on.
+
+        Args:
+            site: Name of the layer that says it.
+            state: (T, S_r).
+        """
+        if self.rooted and self.is_open:
+            self._states.latest = state
 
     def _sequence_shape(self, hidden_states: Tensor, count: int) -> tuple[int, int]:
         """(B, S) of the tokens; a layer that was handed them flat is told by the root's ids."""
         if hidden_states.ndim == 3:
             return hidden_states.shape[0], hidden_states.shape[1]
-        ids = self.token_ids
-        if ids is not None and ids.ndim == 2 and ids.numel() == count:
-            return ids.shape[0], ids.shape[1]
-        return 1, count
+        shape = self._batch_shape
+        return shape if shape is not None and shape[0] * shape[1] == count else (1, count)
 
 
 def _for_batch(values: Tensor | None, batch: int) -> Tensor | None:

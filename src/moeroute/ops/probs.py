@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 TINY = 1e-20
 
@@ -21,7 +22,23 @@ def sigmoid_probs(router_logits: Tensor) -> Tensor:
     return torch.sigmoid(router_logits)
 
 
+def sqrt_softplus_probs(router_logits: Tensor) -> Tensor:
+    """sqrt(softplus(logit)) of each expert by itself: above 0, without a bound (DeepSeek-V4).
+
+    A logit so low that its softplus is 0 in its dtype gives 0 without a gradient.
+    """
+    grown = functional.softplus(router_logits)
+    safe = torch.where(grown > 0, grown, 1.0).sqrt()  # the root of 0 has an infinite gradient
+    return torch.where(grown > 0, safe, 0.0)
+
+
 def normalized_sigmoid_probs(router_logits: Tensor) -> Tensor:
     """Sigmoid divided by its row's sum: rows sum to 1; for losses over sigmoid routers."""
     probs = torch.sigmoid(router_logits)
+    return probs / (probs.sum(dim=-1, keepdim=True) + TINY)
+
+
+def normalized_sqrt_softplus_probs(router_logits: Tensor) -> Tensor:
+    """`sqrt_softplus_probs` divided by its row's sum: rows sum to 1, for losses."""
+    probs = sqrt_softplus_probs(router_logits)
     return probs / (probs.sum(dim=-1, keepdim=True) + TINY)

@@ -19,11 +19,11 @@ from moeroute.routers.families import mixtral_router as mixtral_router
 from moeroute.routers.families import noisy_top_k_router as noisy_top_k_router
 from moeroute.routers.families import olmoe_router as olmoe_router
 from moeroute.routers.families import qwen_moe_router as qwen_moe_router
+from moeroute.routers.group_top_k import GroupTopK as GroupTopK
 from moeroute.routers.scores import LinearScore as LinearScore
 from moeroute.routers.scores import NoisyLinearScore as NoisyLinearScore
 from moeroute.routers.scores import Score as Score
 from moeroute.routers.select import All as All
-from moeroute.routers.select import GroupTopK as GroupTopK
 from moeroute.routers.select import Select as Select
 from moeroute.routers.select import Selection as Selection
 from moeroute.routers.select import TopK as TopK

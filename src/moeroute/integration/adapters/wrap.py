@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from moeroute.integration.adapters.gate_host import GateHost, detach, hosted_gates
 from moeroute.integration.adapters.inputs import accept_routing_inputs
 from moeroute.integration.adapters.peft_method import MoeRouteConfig
 from moeroute.integration.adapters.root_hooks import disconnect
@@ -68,10 +69,12 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: The model is not wrapped.
     """
-    if not any(isinstance(module, SiteHost) for module in model.modules()):
+    if not any(isinstance(module, (SiteHost, GateHost)) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is not wrapped by moeroute; nothing to undo")
     if isinstance(model, PeftModel):
         return model.unload()
+    for _, gate in hosted_gates(model):
+        detach(gate)
     for name, module in list(model.named_modules()):
         if isinstance(module, SiteHost):
             parent, _, child = name.rpartition(".")
