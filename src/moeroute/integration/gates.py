@@ -53,7 +53,7 @@ def gate_form(gate: nn.Module, block: nn.Module) -> GateForm:
     family = GATES[type(gate).__name__]
     return GateForm(
         top_k=gate_sizes(gate)[2],
-        routed_scaling_factor=attrgetter(family.scaling)(gate) if family.scaling else 1.0,
+        routed_scaling_factor=family.scaling(gate),
         make_router=partial(equal_router, gate, block),
     )
 

@@ -4,6 +4,7 @@ from moeroute.layers.experts import ExpertActivation as ExpertActivation
 from moeroute.layers.experts import MLPExperts as MLPExperts
 from moeroute.layers.experts import SwiGLUExperts as SwiGLUExperts
 from moeroute.layers.feed_forward import SwiGLUFeedForward as SwiGLUFeedForward
+from moeroute.layers.join import join_layers as join_layers
 from moeroute.layers.lora_bank import LoRABank as LoRABank
 from moeroute.layers.lora_ffn import LoRAFeedForwardMixture as LoRAFeedForwardMixture
 from moeroute.layers.lora_mixture import LoRAMixture as LoRAMixture
@@ -11,6 +12,7 @@ from moeroute.layers.module_experts import ModuleExperts as ModuleExperts
 from moeroute.layers.moe import MoELayer as MoELayer
 from moeroute.layers.post_step import post_step as post_step
 from moeroute.layers.ragged_bank import RaggedLoRABank as RaggedLoRABank
+from moeroute.layers.routed_gate import RoutedGate as RoutedGate
 from moeroute.layers.shared_down_bank import SharedDownLoRABank as SharedDownLoRABank
 
 __all__ = [
@@ -22,8 +24,10 @@ __all__ = [
     "MoELayer",
     "ModuleExperts",
     "RaggedLoRABank",
+    "RoutedGate",
     "SharedDownLoRABank",
     "SwiGLUExperts",
     "SwiGLUFeedForward",
+    "join_layers",
     "post_step",
 ]

@@ -2,7 +2,10 @@
 
 from moeroute.methods.adamole import AdaMoLE as AdaMoLE
 from moeroute.methods.arrow import Arrow as Arrow
+from moeroute.methods.aux_free import AuxFree as AuxFree
+from moeroute.methods.cosine import Cosine as Cosine
 from moeroute.methods.dynmole import DynMoLE as DynMoLE
+from moeroute.methods.group_limited import GroupLimited as GroupLimited
 from moeroute.methods.hydralora import HydraLoRA as HydraLoRA
 from moeroute.methods.loramoe import LoRAMoE as LoRAMoE
 from moeroute.methods.mhr import MHR as MHR
@@ -15,14 +18,19 @@ from moeroute.methods.poly import Poly as Poly
 from moeroute.methods.registry import get_method as get_method
 from moeroute.methods.registry import list_methods as list_methods
 from moeroute.methods.remix import ReMix as ReMix
+from moeroute.methods.rmoe import RMoE as RMoE
 from moeroute.methods.smora import SMoRA as SMoRA
+from moeroute.methods.switch import Switch as Switch
 
 __all__ = [
     "MHR",
     "PHATGOOSE",
     "AdaMoLE",
     "Arrow",
+    "AuxFree",
+    "Cosine",
     "DynMoLE",
+    "GroupLimited",
     "HydraLoRA",
     "LoRAMoE",
     "MOELoRA",
@@ -30,8 +38,10 @@ __all__ = [
     "MoLA",
     "MoLoRA",
     "Poly",
+    "RMoE",
     "ReMix",
     "SMoRA",
+    "Switch",
     "get_method",
     "list_methods",
 ]

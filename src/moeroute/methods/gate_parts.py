@@ -101,6 +101,23 @@ def own_probs(select: Select) -> tuple[Probs, bool]:
     )
 
 
+def scaled_as(own: Select, select: Select) -> Select:
+    """A selection in the place of a gate's own, with the scales of experts that it has."""
+    if not isinstance(own, ExpertScale):
+        return select
+    own.select = select
+    return own
+
+
+def own_bias(select: Select) -> SelectionBias | None:
+    """A selection's bias on probabilities, if it has one; from now on it stays as it is."""
+    inner = innermost(select)
+    if not isinstance(inner, (TopK, GroupTopK)) or inner.selection_bias is None:
+        return None
+    inner.selection_bias.update_rate = 0.0
+    return inner.selection_bias
+
+
 def balance_losses(weight: float, probs: Probs = softmax_probs) -> tuple[AuxLoss, ...]:
     """The Switch balance loss over a gate's probabilities, or nothing where its weight is 0."""
     if not weight:

@@ -8,7 +8,10 @@ from typing import Any
 
 from moeroute.methods.adamole import AdaMoLE
 from moeroute.methods.arrow import Arrow
+from moeroute.methods.aux_free import AuxFree
+from moeroute.methods.cosine import Cosine
 from moeroute.methods.dynmole import DynMoLE
+from moeroute.methods.group_limited import GroupLimited
 from moeroute.methods.hydralora import HydraLoRA
 from moeroute.methods.loramoe import LoRAMoE
 from moeroute.methods.mhr import MHR
@@ -19,13 +22,18 @@ from moeroute.methods.molora import MoLoRA
 from moeroute.methods.phatgoose import PHATGOOSE
 from moeroute.methods.poly import Poly
 from moeroute.methods.remix import ReMix
+from moeroute.methods.rmoe import RMoE
 from moeroute.methods.smora import SMoRA
+from moeroute.methods.switch import Switch
 from moeroute.types import Method
 
 METHODS: dict[str, type[Method]] = {
     "adamole": AdaMoLE,
     "arrow": Arrow,
+    "aux_free": AuxFree,
+    "cosine": Cosine,
     "dynmole": DynMoLE,
+    "group_limited": GroupLimited,
     "hydralora": HydraLoRA,
     "loramoe": LoRAMoE,
     "mhr": MHR,
@@ -36,7 +44,9 @@ METHODS: dict[str, type[Method]] = {
     "phatgoose": PHATGOOSE,
     "poly": Poly,
     "remix": ReMix,
+    "rmoe": RMoE,
     "smora": SMoRA,
+    "switch": Switch,
 }
 
 
