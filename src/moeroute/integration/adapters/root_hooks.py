@@ -99,7 +99,7 @@ def own_balance_term(
     Warns:
         UserWarning: Only some of the gates have a balance loss of their own: both are charged.
     """
-    aux_loss, logits = getattr(output, "aux_loss", None), getattr(output, "router_logits", None)
+    aux_loss, logits = read_balance(output)
     coefficient = router_aux_loss_coef(root)
     if not isinstance(aux_loss, Tensor) or not coefficient:
         return 0.0
@@ -193,6 +193,15 @@ def read_loss(output: Any) -> Tensor | None:
         first = output[0] if output else None
         return first if isinstance(first, Tensor) and first.ndim == 0 else None
     return getattr(output, "loss", None)
+
+
+def read_balance(output: Any) -> tuple[Tensor | None, Any]:
+    """(aux_loss, router_logits) of a ModelOutput, a dict or a tuple of one, in its order."""
+    if isinstance(output, dict):
+        return output.get("aux_loss"), output.get("router_logits")
+    if not isinstance(output, tuple) or len(output) < 3 or not isinstance(output[1], Tensor):
+        return None, None
+    return (output[1], output[-1]) if output[1].ndim == 0 else (None, None)
 
 
 def write_loss(output: Any, loss: Tensor) -> Any:
