@@ -11,6 +11,7 @@ from integration import tiny_models
 from torch import nn
 
 import moeroute
+from moeroute import routers
 from moeroute.integration.gate_families import GATES, OTHER_CONVENTIONS
 from moeroute.integration.gates import equal_router, gate_family, unknown_gates
 from moeroute.types import RouterInput
@@ -141,6 +142,62 @@ def test_our_parts_route_as_the_class_does(name, settings):
             torch.allclose(parameter.grad, grad, rtol=1e-5, atol=1e-5)
             for grad in shapes[parameter.shape]
         )
+
+
+def test_llama4_weighs_as_ours():
+    gate = make_gate("Llama4Router", {})
+    ours = routers.llama4_router(HIDDEN, EXPERTS, TOP_K)
+    ours.load_state_dict({"score.weight": gate.weight.detach()})
+    tokens = torch.randn(TOKENS, HIDDEN)
+    scores, logits = gate(tokens)
+    routing = ours(RouterInput(hidden_states=tokens, sequence_shape=(1, TOKENS)))
+    torch.testing.assert_close(routing.router_logits, logits)
+    got = by_expert(routing.routing_weights, routing.selected_experts)
+    torch.testing.assert_close(got, scores)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_dbrx_weighs_as_ours(normalize):
+    from transformers import DbrxConfig
+    from transformers.models.dbrx.modeling_dbrx import DbrxFFN
+
+    with tiny_models.quiet_transformers():
+        config = DbrxConfig(
+            d_model=HIDDEN,
+            ffn_config={
+                "hidden_size": HIDDEN,
+                "ffn_hidden_size": 8,
+                "moe_num_experts": EXPERTS,
+                "moe_top_k": TOP_K,
+                "moe_normalize_expert_weights": 1.0 if normalize else None,
+            },
+        )
+        block = DbrxFFN(config)
+    ours = routers.qwen_moe_router(HIDDEN, EXPERTS, TOP_K, norm_topk_prob=normalize)
+    with torch.no_grad():
+        block.router.layer.weight.normal_()
+    ours.load_state_dict({"score.weight": block.router.layer.weight.detach()})
+    tokens = torch.randn(TOKENS, HIDDEN)
+    logits = block.router(tokens)
+    weights, ids = block.route_tokens_to_experts(logits)
+    routing = ours(RouterInput(hidden_states=tokens, sequence_shape=(1, TOKENS)))
+    torch.testing.assert_close(routing.router_logits, logits)
+    assert torch.equal(routing.selected_experts, ids)
+    torch.testing.assert_close(routing.routing_weights, weights)
+
+
+def test_jetmoe_weighs_as_ours():
+    from transformers.models.jetmoe.modeling_jetmoe import JetMoeTopKGating
+
+    gate = JetMoeTopKGating(HIDDEN, EXPERTS, TOP_K)
+    ours = routers.granite_moe_router(HIDDEN, EXPERTS, TOP_K)
+    ours.load_state_dict({"score.weight": gate.layer.weight.detach()})
+    tokens = torch.randn(TOKENS, HIDDEN)
+    order, _, weights, sizes, logits = gate(tokens)
+    routing = ours(RouterInput(hidden_states=tokens, sequence_shape=(1, TOKENS)))
+    torch.testing.assert_close(routing.router_logits, logits)
+    torch.testing.assert_close(routing.routing_weights.flatten()[order], weights)
+    assert routing.selected_experts.flatten().bincount(minlength=EXPERTS).tolist() == sizes
 
 
 def test_every_router_of_transformers_has_a_row_or_a_reason():

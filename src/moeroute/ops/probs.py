@@ -28,8 +28,8 @@ def sqrt_softplus_probs(router_logits: Tensor) -> Tensor:
     A logit so low that its softplus is 0 in its dtype gives 0 without a gradient.
     """
     grown = functional.softplus(router_logits)
-    safe = torch.where(grown > 0, grown, 1.0).sqrt()  # the root of 0 has an infinite gradient
-    return torch.where(grown > 0, safe, 0.0)
+    safe = torch.where(grown == 0, 1.0, grown).sqrt()  # the root of 0 has an infinite gradient
+    return torch.where(grown == 0, 0.0, safe)
 
 
 def normalized_sigmoid_probs(router_logits: Tensor) -> Tensor:
