@@ -4,6 +4,9 @@ from moeroute.layers.experts import ExpertActivation as ExpertActivation
 from moeroute.layers.experts import MLPExperts as MLPExperts
 from moeroute.layers.experts import SwiGLUExperts as SwiGLUExperts
 from moeroute.layers.feed_forward import SwiGLUFeedForward as SwiGLUFeedForward
+from moeroute.layers.instructions import (
+    set_instruction_embeddings as set_instruction_embeddings,
+)
 from moeroute.layers.lora_bank import LoRABank as LoRABank
 from moeroute.layers.lora_ffn import LoRAFeedForwardMixture as LoRAFeedForwardMixture
 from moeroute.layers.lora_mixture import LoRAMixture as LoRAMixture
@@ -26,4 +29,5 @@ __all__ = [
     "SwiGLUExperts",
     "SwiGLUFeedForward",
     "post_step",
+    "set_instruction_embeddings",
 ]

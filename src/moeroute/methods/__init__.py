@@ -3,6 +3,7 @@
 from moeroute.methods.adamole import AdaMoLE as AdaMoLE
 from moeroute.methods.arrow import Arrow as Arrow
 from moeroute.methods.dynmole import DynMoLE as DynMoLE
+from moeroute.methods.glider import GLIDER as GLIDER
 from moeroute.methods.hydralora import HydraLoRA as HydraLoRA
 from moeroute.methods.loramoe import LoRAMoE as LoRAMoE
 from moeroute.methods.mhr import MHR as MHR
@@ -18,6 +19,7 @@ from moeroute.methods.remix import ReMix as ReMix
 from moeroute.methods.smora import SMoRA as SMoRA
 
 __all__ = [
+    "GLIDER",
     "MHR",
     "PHATGOOSE",
     "AdaMoLE",
