@@ -23,6 +23,7 @@ from moeroute.methods import list_methods as list_methods
 from moeroute.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from moeroute.integration.adapters.expert_lora import fast_expert_lora as fast_expert_lora
     from moeroute.integration.adapters.files import save_adapter as save_adapter
     from moeroute.integration.adapters.inputs import (
         accept_routing_inputs as accept_routing_inputs,
@@ -45,6 +46,7 @@ __all__ = [
     "accept_routing_inputs",
     "aux_losses",
     "doctor",
+    "fast_expert_lora",
     "get_method",
     "layers",
     "list_methods",
@@ -66,6 +68,7 @@ def __getattr__(name: str) -> Any:
         "RoutingCallback": "callback",
         "accept_routing_inputs": "adapters.inputs",
         "doctor": "doctor",
+        "fast_expert_lora": "adapters.expert_lora",
         "routing_inputs": "adapters.inputs",
         "save_adapter": "adapters.files",
         "track_routing": "track",
