@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         accept_routing_inputs as accept_routing_inputs,
     )
     from moeroute.integration.adapters.inputs import routing_inputs as routing_inputs
+    from moeroute.integration.adapters.merge import merge as merge
     from moeroute.integration.adapters.peft_method import MoeRouteConfig as MoeRouteConfig
     from moeroute.integration.adapters.wrap import unwrap_model as unwrap_model
     from moeroute.integration.adapters.wrap import wrap_model as wrap_model
@@ -51,6 +52,7 @@ __all__ = [
     "layers",
     "list_methods",
     "losses",
+    "merge",
     "post_step",
     "routers",
     "routing_inputs",
@@ -69,6 +71,7 @@ def __getattr__(name: str) -> Any:
         "accept_routing_inputs": "adapters.inputs",
         "doctor": "doctor",
         "fast_expert_lora": "adapters.expert_lora",
+        "merge": "adapters.merge",
         "routing_inputs": "adapters.inputs",
         "save_adapter": "adapters.files",
         "track_routing": "track",
