@@ -37,6 +37,13 @@ Banks = Mapping[str, ConstantBank]
 Weights = dict[str, Tensor]
 
 
+MERGE_IS_NOT_DEFINED = (
+    "merge({strategy!r}) is not defined for {method}, which is no sum of LoRA over one linear: no "
+    "plain LoRA equals it for any constant weights. Keep the adapter as it is (save_pretrained, "
+    "PeftModel.from_pretrained), or train a method on linears, such as molora, if you need to merge"
+)
+
+
 class _Mixture(NamedTuple):
     """The active adapter of a wrapped model.
 
@@ -132,18 +139,10 @@ def _find_mixture(model: PeftModel, strategy: str) -> _Mixture:
             continue
         layer: Any = module.moeroute_site[adapter]
         if not isinstance(layer, LoRAMixture) or not isinstance(layer.bank, ConstantBank):
-            raise ValueError(_undefined(name, type(layer).__name__, config.method, strategy))
+            reason = MERGE_IS_NOT_DEFINED.format(strategy=strategy, method=config.method)
+            raise ValueError(f"{name} ({type(layer).__name__}): {reason}")
         hosts[name], banks[name] = module, layer.bank
     return _Mixture(adapter, config, hosts, banks)
-
-
-def _undefined(name: str, layer: str, method: str, strategy: str) -> str:
-    return (
-        f"merge({strategy!r}) is not defined for {method}: at {name} stands a {layer}, which is no "
-        "sum of LoRA over one linear, so that no plain LoRA equals it for any constant weights. "
-        "Keep the adapter as it is (save_pretrained, PeftModel.from_pretrained), or train a method "
-        "on linears, such as molora, if you need to merge"
-    )
 
 
 def _weights_of(

@@ -61,7 +61,9 @@ class MergedLoRA:
         Raises:
             ValueError: The base does not have the modules or shapes.
         """
-        model = get_peft_model(base, copy.deepcopy(self.config))
+        config = copy.deepcopy(self.config)
+        config.base_model_name_or_path = None  # PEFT writes the base's own name there
+        model = get_peft_model(base, config)
         try:
             result = set_peft_model_state_dict(model, dict(self.tensors))
         except RuntimeError as error:
