@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from contracts.method_cases import small
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -261,6 +262,20 @@ def test_on_the_base_of_the_mixture_itself():
     merged = moeroute.merge(model)
     expected = logits_under(model, dict.fromkeys(sites(model), torch.full((E,), 1 / E)))
     check_equals(merged, expected, moeroute.unwrap_model(model))
+
+
+@pytest.mark.parametrize("name", moeroute.list_methods())
+def test_every_method_merges_or_says_why_not(name):
+    model = mixture(small(name), target_modules=None)
+    try:
+        merged = moeroute.merge(model)
+    except ValueError as error:
+        assert f"is not defined for {name}" in str(error)  # noqa: PT017
+        return
+    layers = sites(model)
+    sizes = {site: layer.bank.num_experts for site, layer in layers.items()}
+    weights = {site: torch.full((size,), 1 / size) for site, size in sizes.items()}
+    check_equals(merged, logits_under(model, weights))
 
 
 class TestBadInput:

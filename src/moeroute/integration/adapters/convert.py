@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeroute.integration.adapters.expert_layout import per_expert_lora
 from moeroute.integration.adapters.files import write_folder
-from moeroute.integration.adapters.merge import MERGE_IS_NOT_DEFINED, merge, num_mergeable_experts
+from moeroute.integration.adapters.merge import merge, num_mergeable_experts
+from moeroute.integration.adapters.merge_strategies import MERGE_IS_NOT_DEFINED
 from moeroute.integration.adapters.merged import MergedLoRA
 from moeroute.integration.adapters.peft_method import MoeRouteConfig
 

@@ -2,62 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from moeroute.integration.adapters.logit_error import (
-    Batch,
-    Text,
-    as_batches,
-    evaluating,
-    logit_error,
-    run,
-)
+from moeroute.integration.adapters.logit_error import Text, as_batches, logit_error
+from moeroute.integration.adapters.merge_strategies import Mixture, merged_loras
 from moeroute.integration.adapters.merged import MergedLoRA, lora_tensors, rank_fields
 from moeroute.integration.adapters.peft_method import MoeRouteConfig
 from moeroute.integration.adapters.site_host import SITE_PREFIX, SiteHost
 from moeroute.integration.adapters.sites import shortest_targets
-from moeroute.layers.constant_lora import ConstantBank, ConstantLoRA, constant_lora
-from moeroute.layers.lora_mixture import LoRAMixture
-from moeroute.layers.routed import routing_passes
-from moeroute.ops.gates import expert_table
 
 if TYPE_CHECKING:
-    from moeroute.types import RoutingRecord
+    from collections.abc import Iterator, Mapping
 
-Banks = Mapping[str, ConstantBank]
-Weights = dict[str, Tensor]
-
-
-MERGE_IS_NOT_DEFINED = (
-    "merge({strategy!r}) is not defined for {method}, which is no sum of LoRA over one linear: no "
-    "plain LoRA equals it for any constant weights. Keep the adapter as it is (save_pretrained, "
-    "PeftModel.from_pretrained), or train a method on linears, such as molora, if you need to merge"
-)
-
-
-class _Mixture(NamedTuple):
-    """The active adapter of a wrapped model.
-
-    Attributes:
-        adapter: Its name.
-        config: Its config.
-        hosts: Module name in the base model -> what stands there.
-        banks: Module name in the base model -> the experts there.
-    """
-
-    adapter: str
-    config: MoeRouteConfig
-    hosts: Mapping[str, SiteHost]
-    banks: Banks
+    from moeroute.layers.constant_lora import ConstantLoRA
 
 
 def merge(model: PeftModel, strategy: str = "uniform", *, text: Text | None = None) -> MergedLoRA:
@@ -88,9 +50,8 @@ def merge(model: PeftModel, strategy: str = "uniform", *, text: Text | None = No
         >>> merged.save("plain-lora")
     """
     batches = None if text is None else as_batches(text)
-    mixture = _find_mixture(model, strategy)
-    weights = _weights_of(model, mixture, strategy, batches)
-    everywhere = {name: constant_lora(bank, weights[name]) for name, bank in mixture.banks.items()}
+    mixture = _find_mixture(model)
+    everywhere = merged_loras(mixture, strategy, batches)
     loras = {name: lora for name, lora in everywhere.items() if lora.r}
     if not loras:
         raise ValueError(f"merge({strategy!r}): no linear has an expert of weight above 0")
@@ -105,7 +66,7 @@ def merge(model: PeftModel, strategy: str = "uniform", *, text: Text | None = No
     }
     return MergedLoRA(
         strategy=strategy,
-        config=_lora_config(model, mixture, loras),
+        config=_lora_config(mixture, loras),
         tensors={**lora_tensors(loras), **extra},
         error=error,
     )
@@ -117,10 +78,10 @@ def num_mergeable_experts(model: PeftModel) -> int:
     Raises:
         ValueError: As for `merge`.
     """
-    return max(bank.num_experts for bank in _find_mixture(model, "expert").banks.values())
+    return max(bank.num_experts for bank in _find_mixture(model).banks("expert").values())
 
 
-def _find_mixture(model: PeftModel, strategy: str) -> _Mixture:
+def _find_mixture(model: PeftModel) -> Mixture:
     if not isinstance(model, PeftModel):
         raise ValueError(
             f"{type(model).__name__} is no PeftModel; give what moeroute.wrap_model or "
@@ -133,124 +94,16 @@ def _find_mixture(model: PeftModel, strategy: str) -> _Mixture:
             f"the active adapter {adapter!r} is no mixture of moeroute; a plain LoRA is merged by "
             "PEFT's own merge_and_unload()"
         )
-    hosts, banks = {}, {}
-    for name, module in model.get_base_model().named_modules():
-        if not isinstance(module, SiteHost) or adapter not in module.moeroute_site:
-            continue
-        layer: Any = module.moeroute_site[adapter]
-        if not isinstance(layer, LoRAMixture) or not isinstance(layer.bank, ConstantBank):
-            reason = MERGE_IS_NOT_DEFINED.format(strategy=strategy, method=config.method)
-            raise ValueError(f"{name} ({type(layer).__name__}): {reason}")
-        hosts[name], banks[name] = module, layer.bank
-    return _Mixture(adapter, config, hosts, banks)
-
-
-def _weights_of(
-    model: PeftModel, mixture: _Mixture, strategy: str, batches: Sequence[Batch] | None
-) -> Weights:
-    kind, _, argument = strategy.partition(":")
-    if kind not in STRATEGIES:
-        raise ValueError(
-            f"unknown strategy {strategy!r}; choose "
-            '"uniform", "usage", "expert:INDEX" or "expert:NAME"'
-        )
-    return STRATEGIES[kind](model, mixture, argument, batches)
-
-
-def _uniform(
-    _: PeftModel, mixture: _Mixture, argument: str, batches: Sequence[Batch] | None
-) -> Weights:
-    _take_no_argument("uniform", argument)
-    return {
-        name: torch.full((bank.num_experts,), 1.0 / bank.num_experts, dtype=torch.float64)
-        for name, bank in mixture.banks.items()
+    hosts = {
+        name: module
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, SiteHost) and adapter in module.moeroute_site
     }
-
-
-def _usage(
-    model: PeftModel, mixture: _Mixture, argument: str, batches: Sequence[Batch] | None
-) -> Weights:
-    _take_no_argument("usage", argument)
-    if batches is None:
-        raise ValueError(
-            'merge("usage") measures how much each expert is used; give text=input_ids'
-        )
-    names = {id(bank): name for name, bank in mixture.banks.items()}
-    sums = {
-        name: torch.zeros(bank.num_experts, dtype=torch.float64)
-        for name, bank in mixture.banks.items()
-    }
-    tokens = dict.fromkeys(sums, 0)
-
-    def listen(record: RoutingRecord) -> None:
-        name = names.get(id(record.experts))
-        if name is None:
-            return
-        routing = record.routing
-        table = expert_table(routing.selected_experts, routing.routing_weights, sums[name].shape[0])
-        if record.token_mask is not None:
-            table = table[record.token_mask]
-        sums[name] += table.double().sum(0).cpu()
-        tokens[name] += table.shape[0]
-
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        for routing_pass in routing_passes(model):
-            stack.enter_context(routing_pass.listening(listen))
-        for batch in batches:
-            run(model, batch)
-    idle = [name for name, count in tokens.items() if not count]
-    if idle:
-        raise ValueError(f'merge("usage"): no token of the text reached {idle[0]}; give other text')
-    return {name: total / tokens[name] for name, total in sums.items()}
-
-
-def _one_expert(
-    _: PeftModel, mixture: _Mixture, argument: str, batches: Sequence[Batch] | None
-) -> Weights:
-    size = max(bank.num_experts for bank in mixture.banks.values())
-    names = tuple(mixture.config.method_fields.get("expert_names") or ())
-    if argument in names:
-        index = names.index(argument)
-    elif argument.isdecimal() and int(argument) < size:
-        index = int(argument)
-    else:
-        named = f" or a name of {', '.join(names)}" if names else ""
-        raise ValueError(
-            f"unknown expert {argument!r}; give a number from 0 to {size - 1}{named}, as in "
-            '"expert:0"'
-        )
-    weights = {}
-    for name, bank in mixture.banks.items():
-        weights[name] = torch.zeros(bank.num_experts, dtype=torch.float64)
-        weights[name][index : index + 1] = 1.0
-    return weights
-
-
-def _one_task(
-    _: PeftModel, mixture: _Mixture, argument: str, batches: Sequence[Batch] | None
-) -> Weights:
-    raise ValueError(
-        f'merge("task:{argument}") is not defined for {mixture.config.method}: it routes by token, '
-        'not by task. Choose "uniform", "usage" or "expert:INDEX"'
-    )
-
-
-Strategy = Callable[[PeftModel, _Mixture, str, Sequence[Batch] | None], Weights]
-
-STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
-    {"uniform": _uniform, "usage": _usage, "expert": _one_expert, "task": _one_task}
-)
-"""What stands before the colon of a strategy -> the constant weights, (E,) for each linear."""
-
-
-def _take_no_argument(kind: str, argument: str) -> None:
-    if argument:
-        raise ValueError(f"strategy {kind!r} takes nothing after it, found {argument!r}")
+    return Mixture(model, adapter, config, hosts)
 
 
 @contextmanager
-def _answering(mixture: _Mixture, loras: Mapping[str, ConstantLoRA]) -> Iterator[None]:
+def _answering(mixture: Mixture, loras: Mapping[str, ConstantLoRA]) -> Iterator[None]:
     """Let plain LoRA answer in the mixture's places inside the block."""
     own = {name: host.moeroute_site[mixture.adapter] for name, host in mixture.hosts.items()}
     try:
@@ -262,9 +115,7 @@ def _answering(mixture: _Mixture, loras: Mapping[str, ConstantLoRA]) -> Iterator
             host.moeroute_site[mixture.adapter] = own[name]
 
 
-def _lora_config(
-    model: PeftModel, mixture: _Mixture, loras: Mapping[str, ConstantLoRA]
-) -> LoraConfig:
+def _lora_config(mixture: Mixture, loras: Mapping[str, ConstantLoRA]) -> LoraConfig:
     config = mixture.config
     bases = [host.base_layer for name, host in mixture.hosts.items() if name in loras]
     return LoraConfig(
@@ -272,7 +123,7 @@ def _lora_config(
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
         modules_to_save=config.modules_to_save,
-        target_modules=sorted(shortest_targets(model.get_base_model(), loras)),
+        target_modules=sorted(shortest_targets(mixture.model.get_base_model(), loras)),
         fan_in_fan_out=any(isinstance(base, Conv1D) for base in bases),
         **rank_fields(loras),  # type: ignore[arg-type]
     )
