@@ -128,8 +128,8 @@ def run_routed_mlp(tokens: int, dtype: torch.dtype, form: Form, *, bias: bool) -
     weights = Weights(gate_up, down, *biases)
     ids = torch.zeros(tokens, SHAPE.top_k, dtype=torch.int64)
     scale = torch.zeros(tokens, SHAPE.top_k)
-    routed_mlp.forward(x, weights, ids, scale, form, keep=False)
-    _, saved = routed_mlp.forward(x, weights, ids, scale, form, keep=True)
+    routed_mlp.infer(x, weights, ids, scale, form)
+    _, saved = routed_mlp.forward(x, weights, ids, scale, form)
     needs = Needs(True, True, True, True, bias, bias)
     routed_mlp.backward(x, x, weights, scale, saved, form, needs)
 
@@ -175,6 +175,9 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             launch = partial(run_grouped_mm, tokens, dtype, transposed=layout == "transposed")
             yield f"grouped_mm {layout}, {kind} rows, {word}", launch
         yield f"gated_lora, {kind} rows, {word}", partial(run_lora, tokens, dtype)
+    for (name, (form, bias)), (word, dtype) in product(forms.items(), dtypes.items()):
+        launch = partial(run_routed_mlp, 1, dtype, form, bias=bias)
+        yield f"routed_mlp {name}, one token, {word}", launch
     for tokens in COMPILED_SLOTS:
         ids = torch.zeros(tokens, SHAPE.top_k, dtype=torch.int64)
         yield f"expert_sort, {ids.numel()} slots", partial(sort.sort_slots, ids, NUM_EXPERTS)

@@ -9,6 +9,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from benchmarks.forms import SWIGLU, Form
+
 __all__ = [
     "AGAIN",
     "OURS",
@@ -16,6 +18,7 @@ __all__ = [
     "Bound",
     "Case",
     "Inputs",
+    "Pass",
     "Provider",
     "leaf",
     "plainly",
@@ -35,7 +38,8 @@ class Case:
 
     Attributes:
         op: Name of the benchmark.
-        mode: "fwd" (no gradient), "fwd_bwd" (gradients of all leaves) or "mem".
+        mode: "fwd" (no gradient), "fwd_bwd" (gradients of all leaves), "mem", or one that only a
+            CUDA device knows: "launches", "compiles", "graph".
         shape_name: A name of `benchmarks.shapes`.
         tokens: T.
         dtype: Key of `benchmarks.shapes.DTYPES`.
@@ -60,11 +64,13 @@ class Inputs:
         weights: What stays the same between calls.
         batches: What changes: the sets take turns.
         gradients: One gradient of the output per batch.
+        form: How the weights of a routed MLP lie, and its activation.
     """
 
     weights: Tensors
     batches: tuple[Tensors, ...]
     gradients: tuple[Tensor, ...]
+    form: Form = SWIGLU
 
     def leaves(self, index: int) -> dict[str, Tensor]:
         """Everything that takes a gradient in batch `index`, by name."""
@@ -79,10 +85,12 @@ class Bound:
     Attributes:
         run: Index of a batch to the output.
         leaves: Index of a batch to the tensors whose gradients are asked for, by name.
+        gradient: Of the output, where it has another shape than the op's; None takes the inputs'.
     """
 
     run: Callable[[int], Tensor]
     leaves: Callable[[int], dict[str, Tensor]]
+    gradient: Tensor | None = None
 
 
 def plainly(compute: Callable[[Tensors, Tensors], Tensor]) -> Callable[[Inputs], Bound]:
@@ -104,6 +112,7 @@ class Provider:
         peer: Whether the best of the peers may be this one.
         checked: Whether its answer must be the reference's; a line of equal FLOPs has another.
         skip: A reason not to run a case, or "".
+        only_on: Kind of device that it is for; "" for any. Elsewhere it has no row.
     """
 
     name: str
@@ -111,6 +120,24 @@ class Provider:
     peer: bool = True
     checked: bool = True
     skip: Callable[[Case], str] = lambda _: ""
+    only_on: str = ""
+
+    def runs_on(self, device: str) -> bool:
+        """Tell whether it stands in the rows of a device."""
+        return self.only_on in ("", torch.device(device).type)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one pass over the data needs at the least.
+
+    Attributes:
+        operations: Of its products; a multiplication and an addition are two.
+        elements: Read and written.
+    """
+
+    operations: float
+    elements: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +149,9 @@ class Benchmark:
         cases: Those that `python -m benchmarks.run` runs without arguments.
         shape_names: Every shape that may be asked for.
         make_inputs: Random inputs of order one for a case; never zeros, which are too fast.
-        reference: The definition, differentiable, computed in float32.
+        reference: Binds the definition, differentiable, computed in float32.
         providers: Ours first, then the peers.
+        work: Mode ("fwd" or "fwd_bwd"), name of a shape and T to the passes that cannot be saved.
         sized: Whether a name that is in no list tells the sizes of a shape of this op.
     """
 
@@ -131,8 +159,9 @@ class Benchmark:
     cases: Callable[[str], list[Case]]
     shape_names: tuple[str, ...]
     make_inputs: Callable[[Case], Inputs]
-    reference: Callable[[Tensors, Tensors], Tensor]
+    reference: Callable[[Inputs], Bound]
     providers: tuple[Provider, ...]
+    work: Callable[[str, str, int], tuple[Pass, ...]]
     sized: Callable[[str], bool] = lambda _: False
 
     def knows(self, shape: str) -> bool:

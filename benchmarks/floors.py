@@ -18,7 +18,7 @@ from benchmarks.shapes import (
     expert_shape,
 )
 
-__all__ = ["Row", "Verdict", "all_within", "judge", "noise", "rows_of"]
+__all__ = ["MAX_ERROR", "Row", "Verdict", "all_above", "all_within", "judge", "noise", "rows_of"]
 
 MAX_ERROR = {"fp32": 1e-5, "bf16": 2e-2}
 MEAN_OF_BEST = 1.00
@@ -46,6 +46,13 @@ class Row:
         op, mode, shape, tokens, dtype, routing = self.key
         return f"{op} {mode} {shape} T={tokens} {dtype} {routing}"
 
+    def over(self, provider: str) -> float | None:
+        """Our time as a fraction of a provider's; None where either has none or ours is wrong."""
+        record = self.records.get(provider)
+        if record is None or OURS not in self.records or is_wrong(self.records[OURS]):
+            return None
+        return record.ours_over_it
+
     @property
     def best_peer(self) -> Record | None:
         """The fastest peer whose answer is right, or None."""
@@ -61,7 +68,7 @@ class Row:
     def of_best(self) -> float | None:
         """Our time as a fraction of the best peer's; infinite where our answer is wrong."""
         best = self.best_peer
-        if best is None or best.ours_over_it is None:
+        if best is None:
             return None
         return math.inf if is_wrong(self.records[OURS]) else best.ours_over_it
 
@@ -90,7 +97,9 @@ class Verdict:
 
 
 def is_wrong(record: Record) -> bool:
-    """Whether an answer is further from the definition than its dtype explains."""
+    """Whether there is no answer, or one further from the definition than its dtype explains."""
+    if record.failed:
+        return True
     return record.error is not None and not record.error <= MAX_ERROR[record.dtype]
 
 
@@ -155,9 +164,20 @@ def _eager_speedup(rows: list[Row]) -> Verdict:
         and "eager" in row.records
         and (ratio := row.records["eager"].ours_over_it)
     }
+    return all_above(promise, speedups, EAGER_SPEEDUP)
+
+
+def all_above(promise: str, speedups: dict[str, float], least: float) -> Verdict:
+    """Judge that no speed-up is below the least.
+
+    Args:
+        promise: What was promised.
+        speedups: By the label of a row.
+        least: The smallest that keeps it.
+    """
     if not speedups:
         return Verdict(promise, None, "no row")
-    low = {label: value for label, value in speedups.items() if value < EAGER_SPEEDUP}
+    low = {label: value for label, value in speedups.items() if value < least}
     figure = (
         f"{len(speedups) - len(low)} of {len(speedups)} rows, "
         f"from {min(speedups.values()):.1f}x to {max(speedups.values()):.1f}x"
@@ -172,6 +192,7 @@ def _saved(rows: list[Row]) -> Verdict:
         row.label: ours / theirs
         for row in rows
         if row.key[1] == "mem"
+        and "grouped_mm" in row.records
         and (ours := row.records[OURS].saved_bytes) is not None
         and (theirs := row.records["grouped_mm"].saved_bytes)
     }
@@ -211,13 +232,18 @@ def judge(records: Sequence[Record]) -> list[Verdict]:
     worst = f"routed_mlp, every row <= {WORST_OF_BEST:.2f} of the best of transformers' three"
     mixture = f"gated_lora, fwd_bwd fp32, every row <= {LORA_OF_BEST:.2f} of the best of four forms"
     wrong = tuple(
-        f"{record.error:.1e}  {row.label}"
+        f"{record.note or f'{record.error:.1e}'}  {row.label}"
         for row in rows
         if (record := row.records.get(OURS)) is not None and is_wrong(record)
     )
     right = f"{len(rows) - len(wrong)} of {len(rows)} rows"
     return [
-        Verdict("answers and gradients agree with the definition", not wrong, right, wrong),
+        Verdict(
+            "answers and gradients agree with the definition",
+            not wrong if rows else None,
+            right,
+            wrong,
+        ),
         _mean_of_best(timed),
         all_within(worst, _ratios(timed), WORST_OF_BEST, spread),
         _eager_speedup(timed),

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import moeroute_kernels
 from benchmarks import lora_baselines
-from benchmarks.cases import Benchmark, Case, Inputs, Provider, Tensors, leaf, plainly
+from benchmarks.cases import Benchmark, Case, Inputs, Pass, Provider, Tensors, leaf, plainly
 from benchmarks.shapes import (
     DTYPES,
     INPUT_SETS,
@@ -103,6 +103,24 @@ def reference(weights: Tensors, batch: Tensors) -> Tensor:
     )
 
 
+def work(mode: str, shape_name: str, tokens: int) -> tuple[Pass, ...]:
+    """The least that the frozen linear and its mixture do; see `Benchmark.work`.
+
+    The adapters of every expert are read once where a token chose it, and their gradients written
+    once; the low-rank rows stay on the chip.
+    """
+    shape = LORA_SHAPES[shape_name]
+    rows, ends, matrix = tokens * shape.top_k, 2 * tokens * shape.width, shape.width**2
+    hit = shape.num_experts * (1 - (1 - shape.top_k / shape.num_experts) ** tokens)
+    pairs = 2 * shape.r * shape.width
+    low, wide = 2 * rows * pairs, 2 * tokens * matrix
+    forward = Pass(wide + low, ends + matrix + hit * pairs)
+    if mode != "fwd_bwd":
+        return (forward,)
+    moved = 3 * tokens * shape.width + matrix + (hit + shape.num_experts) * pairs
+    return forward, Pass(wide + 2 * low, moved)
+
+
 def mixture_provider(name: str, mixture: lora_baselines.Mixture, *, peer: bool = True) -> Provider:
     """One form of the mixture as a provider."""
 
@@ -125,7 +143,8 @@ BENCHMARK = Benchmark(
     cases=default_cases,
     shape_names=tuple(LORA_SHAPES),
     make_inputs=make_inputs,
-    reference=reference,
+    reference=plainly(reference),
+    work=work,
     providers=(
         mixture_provider("moeroute", moeroute_kernels.gated_lora, peer=False),
         *(mixture_provider(name, mixture) for name, mixture in lora_baselines.PEERS.items()),

@@ -29,6 +29,7 @@ __all__ = [
     "naive_loop",
 ]
 
+USUAL_WIDTH = 1024
 Mixture = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
@@ -48,12 +49,13 @@ class LoRAShape:
     num_experts: int
     top_k: int
     r: int
-    width: int = 1024
+    width: int = USUAL_WIDTH
 
     @property
     def name(self) -> str:
-        """Short name, as it stands in the tables."""
-        return f"E{self.num_experts}k{self.top_k}r{self.r}"
+        """Short name, as it stands in the tables; an unusual width is part of it."""
+        wide = "" if self.width == USUAL_WIDTH else f"-d{self.width}"
+        return f"E{self.num_experts}k{self.top_k}r{self.r}{wide}"
 
 
 SHAPES = [

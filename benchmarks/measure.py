@@ -19,6 +19,7 @@ from benchmarks.cases import AGAIN, OURS, Bound, Case, Inputs
 __all__ = [
     "CLOCKS",
     "Budget",
+    "ProviderError",
     "error_of",
     "interleave",
     "peak_bytes",
@@ -37,6 +38,18 @@ CLOCKS: Mapping[str, Callable[[], float]] = MappingProxyType(
     {"wall": time.perf_counter, "cpu": time.process_time}
 )
 """Wall time, or the process's own time on the processor: for a busy machine, with one thread."""
+
+
+class ProviderError(Exception):
+    """A provider broke down while it was timed.
+
+    Attributes:
+        provider: Its name.
+    """
+
+    def __init__(self, provider: str) -> None:
+        super().__init__(provider)
+        self.provider = provider
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +90,8 @@ def step(bound: Bound, inputs: Inputs, index: int, mode: str) -> list[Tensor]:
             return [bound.run(index)]
     output = bound.run(index)
     leaves = list(bound.leaves(index).values())
-    return [output.detach(), *torch.autograd.grad(output, leaves, inputs.gradients[index])]
+    gradient = inputs.gradients[index] if bound.gradient is None else bound.gradient
+    return [output.detach(), *torch.autograd.grad(output, leaves, gradient)]
 
 
 def error_of(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
@@ -161,13 +175,19 @@ def interleave(
 
     Returns:
         Seconds per round, by provider; round i of one stands beside round i of another.
+
+    Raises:
+        ProviderError: one of them raised; its error is the cause.
     """
     sets = len(inputs.batches)
 
     def timed(name: str, index: int) -> float:
-        return seconds_of(
-            lambda: step(providers[name], inputs, index, case.mode), case.device, budget.clock
-        )
+        try:
+            return seconds_of(
+                lambda: step(providers[name], inputs, index, case.mode), case.device, budget.clock
+            )
+        except Exception as error:
+            raise ProviderError(name) from error
 
     # A call that took long and four times the fastest one's time is its own estimate.
     limit = max(SLOW * min(first[name] for name in paced), budget.slow_seconds / 2)

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks import measure
+from benchmarks.cases import OURS
 from benchmarks.measure import Budget
 from benchmarks.records import ROOT
 from benchmarks.registry import BENCHMARKS
+from benchmarks.running import CUDA_MODES
 from benchmarks.shapes import DTYPES, OWN_SHAPE, ROUTINGS, expert_shape
 
 __all__ = ["fill", "make_parser"]
 
-MODES = ("fwd", "fwd_bwd", "mem")
+MODES = ("fwd", "fwd_bwd", "mem", *CUDA_MODES)
 RESULTS = ROOT / "benchmarks" / "results.csv"
 GPU_SECONDS = 1.0
-"""For the rounds of one row of the GPU suite, which is to take less than nine minutes."""
+"""For the rounds of one row of the GPU suite."""
+GPU_SLOW_SECONDS = 0.25
+"""For the rounds of a peer that is no contender there."""
+GPU_DEADLINE = 500.0
+"""After which that suite begins no row: it is to take less than nine minutes."""
 
 
 def _listed(kind: Callable[[str], object], allowed: Sequence[object] = ()):
@@ -72,11 +81,19 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--clock", choices=tuple(measure.CLOCKS), default="wall", help="cpu: with --threads 1")
     add("--rounds", type=_count, help="for every provider, instead of what fits --seconds")
     add("--seconds", type=_seconds, help="for the rounds of one row (4; suite gpu: 1)")
+    add("--without", type=_listed(str, _peers()), default=[], metavar="NAMES", help="leave out")
+    add("--deadline", type=_seconds, help="begin no row later than this (suite gpu: 500 s)")
+    add("--plot", type=Path, metavar="FILE", help="throughput over T: .png, .svg or .pdf")
     add("--json", type=Path, metavar="FILE", help="write everything to this file")
     add("--csv", type=Path, metavar="FILE", default=RESULTS, help="where --append writes to")
     add("--append", action=argparse.BooleanOptionalAction, default=False, help="keep the rows")
     add("--check", action="store_true", help="exit with status 1 if a promise is missed")
     return parser
+
+
+def _peers() -> tuple[str, ...]:
+    names = {one.name: None for every in BENCHMARKS.values() for one in every.providers}
+    return tuple(name for name in names if name != OURS)
 
 
 def _known_shapes() -> list[str]:
@@ -107,11 +124,11 @@ def fill(options: argparse.Namespace) -> None:
         elif name not in (known := _known_shapes()):
             listed = ", ".join(known)
             raise ValueError(f"unknown {name!r}; use some of {listed}, or sizes: 2048x768-E128k8")
-    if options.suite == "cpu":
-        options.device = options.device or "cpu"
-        options.seconds = options.seconds or Budget().seconds
-        return
-    options.device = options.device or "cuda"
-    options.seconds = options.seconds or GPU_SECONDS
-    options.dtype = options.dtype or ["bf16"]
-    options.modes = options.modes or ["fwd", "fwd_bwd"]
+    on_gpu = options.suite == "gpu"
+    options.device = options.device or ("cuda" if on_gpu else "cpu")
+    options.seconds = options.seconds or (GPU_SECONDS if on_gpu else Budget().seconds)
+    options.slow_seconds = GPU_SLOW_SECONDS if on_gpu else Budget().slow_seconds
+    options.deadline = options.deadline or (GPU_DEADLINE if on_gpu else math.inf)
+    asked = [mode for mode in options.modes or () if mode in CUDA_MODES]
+    if asked and torch.device(options.device).type != "cuda":
+        raise ValueError(f"{', '.join(asked)}: this needs a CUDA device; give --suite gpu")

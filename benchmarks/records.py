@@ -17,6 +17,8 @@ import torch
 __all__ = ["COLUMNS", "Record", "Stamp", "append_csv", "read_csv", "stamp", "write_json"]
 
 ROOT = Path(__file__).resolve().parents[1]
+FAILED = "failed: "
+"""How the note of a provider begins that raised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Record:
     Attributes:
         op: Name of the benchmark.
         provider: Who computed it; "moeroute (again)" is ours timed a second time.
-        mode: "fwd", "fwd_bwd" or "mem".
+        mode: See `benchmarks.cases.Case`.
         shape_name: See `benchmarks.shapes`.
         tokens: T.
         dtype: Key of `benchmarks.shapes.DTYPES`.
@@ -65,6 +67,7 @@ class Record:
         error: Greatest relative Frobenius error of an output or gradient against the definition.
         saved_bytes: Kept alive for backward, beyond the weights.
         peak_bytes: Most bytes held at once in forward + backward, beyond the inputs.
+        count: Launches of one call, or kernels that were compiled again for another T.
         note: Why it was not run, or what is wrong with it.
     """
 
@@ -84,7 +87,13 @@ class Record:
     error: float | None = None
     saved_bytes: int | None = None
     peak_bytes: int | None = None
+    count: int | None = None
     note: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it was called and raised."""
+        return self.note.startswith(FAILED)
 
     @property
     def row(self) -> tuple[str, str, str, int, str, str]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from benchmarks import gated_lora, routed_mlp
+from benchmarks import gated_lora, grouped_lora, lora_mixture, routed_mlp
 from benchmarks.cases import Benchmark
 
 __all__ = ["BENCHMARKS"]
 
 BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
-    {module.BENCHMARK.name: module.BENCHMARK for module in (routed_mlp, gated_lora)}
+    {
+        module.BENCHMARK.name: module.BENCHMARK
+        for module in (routed_mlp, gated_lora, lora_mixture, grouped_lora)
+    }
 )

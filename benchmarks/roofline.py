@@ -1,22 +1,35 @@
-"""The physical limit of a routed MLP: what its products and its memory traffic take at the least.
+"""The physical limit of a row: what its products and its memory traffic take at the least.
 
 Both ceilings are measured in the same run: one big product of random numbers, and one big copy.
-
-Axes: T tokens, K slots, S = T * K rows, H hidden, I intermediate, E experts.
+What a row must compute and move is the `work` of its benchmark.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks.floors import Row
 from benchmarks.measure import seconds_of
-from benchmarks.shapes import CEILING_SIZES, DTYPES, expert_shape
+from benchmarks.registry import BENCHMARKS
+from benchmarks.shapes import CEILING_SIZES, DTYPES
 
-__all__ = ["Ceiling", "ceiling", "least_seconds", "limits"]
+__all__ = [
+    "TIMED",
+    "Ceiling",
+    "Key",
+    "ceilings",
+    "least_seconds",
+    "limits",
+    "measure_ceiling",
+    "operations",
+]
+
+Key = tuple[str, str, str, int, str, str]
+TIMED = ("fwd", "fwd_bwd")
+"""The modes whose rows are times."""
 
 REPEATS = 5
 
@@ -34,7 +47,7 @@ class Ceiling:
     bytes: float
 
 
-def ceiling(dtype: torch.dtype, device: str) -> Ceiling:
+def measure_ceiling(dtype: torch.dtype, device: str) -> Ceiling:
     """Measure both ceilings, the best of a few repeats."""
     width, copied = CEILING_SIZES[torch.device(device).type]
     left, right = (torch.randn((width, width), device=device).to(dtype) for _ in range(2))
@@ -45,43 +58,39 @@ def ceiling(dtype: torch.dtype, device: str) -> Ceiling:
     return Ceiling(2 * width**3 / product, 2 * source.nbytes / copy)
 
 
+def ceilings(dtypes: Iterable[str], device: str) -> dict[str, Ceiling]:
+    """Measure the ceilings of each dtype, by its name."""
+    return {name: measure_ceiling(DTYPES[name], device) for name in sorted(set(dtypes))}
+
+
 def least_seconds(row: Row, most: Ceiling) -> float:
     """Time that the products or the traffic of a row need, whichever is longer, pass by pass.
 
-    A pass reads every expert that is expected to be hit once; what one kernel writes and the next
-    reads is counted twice.
-
     Args:
-        row: Of `routed_mlp`, in the mode "fwd" or "fwd_bwd".
+        row: In the mode "fwd" or "fwd_bwd".
         most: The ceilings in the dtype of the row.
     """
-    _, mode, name, tokens, dtype, _ = row.key
-    shape = expert_shape(name)
-    hidden, inner, experts = shape.hidden_size, shape.intermediate_size, shape.num_experts
-    rows = tokens * shape.top_k
-    hit = experts * (1 - (1 - shape.top_k / experts) ** tokens)
-    ends, matrix = 2 * tokens * hidden, hidden * inner
-    training = mode == "fwd_bwd"
-    forward = ends + 3 * hit * matrix + (4 if training else 2) * rows * inner + 2 * rows * hidden
-    passes = [(6 * rows * matrix, forward)]
-    if training:
-        inner_gradient = tokens * hidden + hit * matrix + 5 * rows * inner
-        down = tokens * hidden + rows * inner + experts * matrix
-        x = 2 * rows * inner + 2 * hit * matrix + 2 * rows * hidden + tokens * hidden
-        gate_up = tokens * hidden + 2 * rows * inner + 2 * experts * matrix
-        passes.append((12 * rows * matrix, inner_gradient + down + x + gate_up))
+    op, mode, shape, tokens, dtype, _ = row.key
     size = DTYPES[dtype].itemsize
-    return sum(max(flop / most.flops, size * moved / most.bytes) for flop, moved in passes)
+    return sum(
+        max(one.operations / most.flops, size * one.elements / most.bytes)
+        for one in BENCHMARKS[op].work(mode, shape, tokens)
+    )
 
 
-def limits(rows: Sequence[Row], device: str) -> dict[tuple[str, str, str, int, str, str], float]:
-    """The limit of every timed row of `routed_mlp`, in milliseconds, by the row's key.
+def operations(key: Key) -> float:
+    """Operations of a row's products, as `Pass` counts them."""
+    op, mode, shape, tokens, _, _ = key
+    return sum(one.operations for one in BENCHMARKS[op].work(mode, shape, tokens))
+
+
+def limits(rows: Sequence[Row], most: Mapping[str, Ceiling]) -> dict[Key, float]:
+    """The limit of every timed row, in milliseconds, by the row's key.
 
     Args:
         rows: Of one run.
-        device: That they ran on.
+        most: The ceilings of the device that they ran on, by dtype.
     """
-    timed = [row for row in rows if row.key[0] == "routed_mlp" and row.key[1] != "mem"]
-    names = {row.key[4] for row in timed}
-    ceilings = {name: ceiling(DTYPES[name], device) for name in sorted(names)}
-    return {row.key: 1e3 * least_seconds(row, ceilings[row.key[4]]) for row in timed}
+    return {
+        row.key: 1e3 * least_seconds(row, most[row.key[4]]) for row in rows if row.key[1] in TIMED
+    }

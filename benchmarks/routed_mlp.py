@@ -1,6 +1,7 @@
 """The routed MLP beside the experts implementations of transformers.
 
-The peers are transformers' own code on its own `MixtralExperts`, which share our weight tensors.
+The peers are transformers' own code on its own `MixtralExperts` or `GptOssExperts`, which share our
+weight tensors; on CUDA also those of `kernel_peers`.
 
 Axes: T tokens, H hidden, I intermediate, E experts, K slots per token.
 """
@@ -13,11 +14,13 @@ from itertools import product
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import MixtralConfig
+from transformers import GptOssConfig, MixtralConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import moeroute_kernels
-from benchmarks.cases import Benchmark, Bound, Case, Inputs, Provider, Tensors, leaf, plainly
+from benchmarks.cases import Benchmark, Bound, Case, Inputs, Pass, Provider, leaf
+from benchmarks.kernel_peers import KERNEL_PEERS
 from benchmarks.shapes import (
     CPU_TOKENS,
     DTYPES,
@@ -33,13 +36,20 @@ from benchmarks.shapes import (
     make_routing,
 )
 
-__all__ = ["BENCHMARK", "make_inputs", "reference"]
+__all__ = ["BENCHMARK", "make_inputs", "reference", "work"]
 
 COPIES_OF_LAYER = 4
 """batched_mm copies one expert per slot; it is run up to this many times the bytes of the layer."""
 
 ZERO_GRADIENT_BYTES = 20 * 2**30
 """eager writes one gradient of the whole stack per expert; it is run up to this many bytes."""
+
+TRANSFORMERS_NAMES = {
+    "gate_up": "gate_up_proj",
+    "down": "down_proj",
+    "gate_up_bias": "gate_up_proj_bias",
+    "down_bias": "down_proj_bias",
+}
 
 
 def default_cases(device: str) -> list[Case]:
@@ -59,8 +69,9 @@ def make_inputs(case: Case) -> Inputs:
         case: Sizes, dtype, routing and device.
 
     Returns:
-        weights gate_up (E, 2I, H), down (E, H, I); batches of x (T, H), selected_experts (T, K),
-        routing_weights (T, K) float32; gradients (T, H).
+        weights gate_up (E, 2I, H), down (E, H, I), each as its checkpoint has it, with
+        gate_up_bias (E, 2I) and down_bias (E, H) where the layer has them; batches of x (T, H),
+        selected_experts (T, K), routing_weights (T, K) float32; gradients (T, H).
     """
     shape, dtype = expert_shape(case.shape_name), DTYPES[case.dtype]
     generator = torch.Generator().manual_seed(0)
@@ -71,8 +82,15 @@ def make_inputs(case: Case) -> Inputs:
         return torch.randn(sizes, generator=own, device=case.device)
 
     hidden, inner = shape.hidden_size, shape.intermediate_size
-    gate_up = normal(shape.num_experts, 2 * inner, hidden) * hidden**-0.5
-    down = normal(shape.num_experts, hidden, inner) * inner**-0.5
+
+    def matrices(rows: int, columns: int) -> Tensor:
+        sizes = (columns, rows) if shape.form.transposed else (rows, columns)
+        return leaf(normal(shape.num_experts, *sizes) * columns**-0.5, case, dtype)
+
+    weights = {"gate_up": matrices(2 * inner, hidden), "down": matrices(hidden, inner)}
+    if shape.form.biased:
+        weights["gate_up_bias"] = leaf(normal(shape.num_experts, 2 * inner), case, dtype)
+        weights["down_bias"] = leaf(normal(shape.num_experts, hidden), case, dtype)
     batches, gradients = [], []
     for _ in range(INPUT_SETS if case.tokens < ROTATE_BELOW_TOKENS else 1):
         ids, routing_weights = make_routing(case.routing, case.tokens, shape, generator)
@@ -84,60 +102,83 @@ def make_inputs(case: Case) -> Inputs:
             }
         )
         gradients.append(normal(case.tokens, hidden).to(case.device, dtype))
-    weights = {"gate_up": leaf(gate_up, case, dtype), "down": leaf(down, case, dtype)}
-    return Inputs(weights, tuple(batches), tuple(gradients))
+    return Inputs(weights, tuple(batches), tuple(gradients), shape.form)
 
 
-def reference(weights: Tensors, batch: Tensors) -> Tensor:
-    """Compute the definition: a loop over experts in float32.
+def reference(inputs: Inputs) -> Bound:
+    """Bind the definition: a loop over experts in float32.
 
     The same sum as `moeroute_kernels.reference.routed_mlp`, which indexes the stacks under autograd
     and would write one gradient of all experts per expert and slot at these sizes.
 
     Args:
-        weights: See `make_inputs`.
-        batch: See `make_inputs`.
+        inputs: See `make_inputs`.
 
     Returns:
-        (T, H) float32.
+        Runs to (T, H) float32.
     """
-    x, ids = batch["x"].float(), batch["selected_experts"]
-    stacks = zip(weights["gate_up"].unbind(0), weights["down"].unbind(0), strict=True)
-    total = torch.zeros_like(x)
-    for expert, (first, second) in enumerate(stacks):
-        token, slot = torch.where(ids == expert)
-        gate, up = F.linear(x[token], first.float()).chunk(2, -1)
-        rows = F.linear(F.silu(gate) * up, second.float())
-        weight = batch["routing_weights"][token, slot].unsqueeze(1)
-        total = total.index_add(0, token, rows * weight)
-    return total
+    form, weights = inputs.form, inputs.weights
+
+    def run(index: int) -> Tensor:
+        batch = inputs.batches[index]
+        x, ids = batch["x"].float(), batch["selected_experts"]
+        stacks = zip(*(matrix.unbind(0) for matrix in form.matrices(weights)), strict=True)
+        total = torch.zeros_like(x)
+        for expert, (first, second) in enumerate(stacks):
+            token, slot = torch.where(ids == expert)
+            biases = (None, None)
+            if form.biased:
+                biases = (weights["gate_up_bias"][expert], weights["down_bias"][expert])
+            above, below = (None if bias is None else bias.float() for bias in biases)
+            inner = form.glu(F.linear(x[token], first.float(), above))
+            rows = F.linear(inner, second.float(), below)
+            weight = batch["routing_weights"][token, slot].unsqueeze(1)
+            total = total.index_add(0, token, rows * weight)
+        return total
+
+    return Bound(run, inputs.leaves)
 
 
-def moeroute(weights: Tensors, batch: Tensors) -> Tensor:
-    """Ours."""
-    return moeroute_kernels.routed_mlp(
-        batch["x"],
-        weights["gate_up"],
-        weights["down"],
-        batch["selected_experts"],
-        batch["routing_weights"],
-    )
+def moeroute(inputs: Inputs) -> Bound:
+    """Bind ours."""
+    form, weights = inputs.form, inputs.weights
+
+    def run(index: int) -> Tensor:
+        batch = inputs.batches[index]
+        return moeroute_kernels.routed_mlp(
+            batch["x"],
+            *form.matrices(weights),
+            batch["selected_experts"],
+            batch["routing_weights"],
+            gate_up_bias=weights.get("gate_up_bias"),
+            down_bias=weights.get("down_bias"),
+            activation=form.activation,
+            interleaved=form.interleaved,
+            alpha=form.alpha,
+            limit=form.limit,
+        )
+
+    return Bound(run, inputs.leaves)
 
 
 def transformers_experts(implementation: str) -> Callable[[Inputs], Bound]:
     """Bind one of transformers' implementations."""
 
     def bind(inputs: Inputs) -> Bound:
-        num_experts, hidden, inner = inputs.weights["down"].shape
-        config = MixtralConfig(
+        num_experts, hidden, inner = inputs.form.matrices(inputs.weights)[1].shape
+        mixtral, gpt_oss = (MixtralConfig, MixtralExperts), (GptOssConfig, GptOssExperts)
+        make_config, make_experts = gpt_oss if inputs.form.biased else mixtral
+        config = make_config(
             hidden_size=hidden, intermediate_size=inner, num_local_experts=num_experts
         )
         config._experts_implementation = implementation
         with torch.device("meta"):
-            experts = MixtralExperts(config)
+            experts = make_experts(config)
         # The tensors themselves, no Parameters made of them: gradients are asked of our leaves.
-        del experts.gate_up_proj, experts.down_proj
-        experts.gate_up_proj, experts.down_proj = inputs.weights["gate_up"], inputs.weights["down"]
+        for name, tensor in inputs.weights.items():
+            theirs = TRANSFORMERS_NAMES[name]
+            delattr(experts, theirs)
+            setattr(experts, theirs, tensor)
 
         def run(index: int) -> Tensor:
             batch = inputs.batches[index]
@@ -151,15 +192,15 @@ def transformers_experts(implementation: str) -> Callable[[Inputs], Bound]:
 def dense_equal_flops(inputs: Inputs) -> Bound:
     """Bind one dense MLP of intermediate size K * I: the same multiplications, no routing."""
     slots = inputs.batches[0]["selected_experts"].shape[1]
-    hidden = inputs.weights["gate_up"].shape[2]
+    gate_up, down = inputs.form.matrices(inputs.weights)
+    hidden = gate_up.shape[2]
     with torch.no_grad():
-        first = inputs.weights["gate_up"][:slots].reshape(-1, hidden).clone()
-        second = inputs.weights["down"][:slots].transpose(0, 1).reshape(hidden, -1).clone()
+        first = gate_up[:slots].reshape(-1, hidden).clone()
+        second = down[:slots].transpose(0, 1).reshape(hidden, -1).clone()
     weights = {"first": first.requires_grad_(), "second": second.requires_grad_()}
 
     def run(index: int) -> Tensor:
-        gate, up = F.linear(inputs.batches[index]["x"], first).chunk(2, -1)
-        return F.linear(F.silu(gate) * up, second)
+        return F.linear(inputs.form.glu(F.linear(inputs.batches[index]["x"], first)), second)
 
     return Bound(run, lambda index: {**weights, "x": inputs.batches[index]["x"]})
 
@@ -190,6 +231,28 @@ def skip_eager(case: Case) -> str:
     )
 
 
+def work(mode: str, shape_name: str, tokens: int) -> tuple[Pass, ...]:
+    """The least that a layer does, pass by pass; see `Benchmark.work`.
+
+    A pass reads every expert that is expected to be hit once; what one kernel writes and the next
+    reads is counted twice. Biases are nothing beside the matrices.
+    """
+    shape = expert_shape(shape_name)
+    hidden, inner, experts = shape.hidden_size, shape.intermediate_size, shape.num_experts
+    rows, hit = tokens * shape.top_k, shape.experts_hit(tokens)
+    ends, matrix = 2 * tokens * hidden, hidden * inner
+    training = mode == "fwd_bwd"
+    forward = ends + 3 * hit * matrix + (4 if training else 2) * rows * inner + 2 * rows * hidden
+    passes = (Pass(6 * rows * matrix, forward),)
+    if not training:
+        return passes
+    inner_gradient = tokens * hidden + hit * matrix + 5 * rows * inner
+    down = tokens * hidden + rows * inner + experts * matrix
+    x = 2 * rows * inner + 2 * hit * matrix + 2 * rows * hidden + tokens * hidden
+    gate_up = tokens * hidden + 2 * rows * inner + 2 * experts * matrix
+    return (*passes, Pass(12 * rows * matrix, inner_gradient + down + x + gate_up))
+
+
 BENCHMARK = Benchmark(
     name="routed_mlp",
     cases=default_cases,
@@ -198,10 +261,12 @@ BENCHMARK = Benchmark(
     make_inputs=make_inputs,
     reference=reference,
     providers=(
-        Provider("moeroute", plainly(moeroute), peer=False),
+        Provider("moeroute", moeroute, peer=False),
         Provider("grouped_mm", transformers_experts("grouped_mm")),
         Provider("eager", transformers_experts("eager"), skip=skip_eager),
         Provider("batched_mm", transformers_experts("batched_mm"), skip=skip_batched),
+        *KERNEL_PEERS,
         Provider("dense", dense_equal_flops, peer=False, checked=False),
     ),
+    work=work,
 )

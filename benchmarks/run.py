@@ -10,162 +10,149 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Sequence
-from dataclasses import asdict
-from statistics import median, quantiles
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
-from benchmarks import measure
-from benchmarks.cases import AGAIN, OURS, Benchmark, Bound, Case, Inputs, Provider, select_cases
+from benchmarks.cases import OURS, Benchmark, Case, select_cases
 from benchmarks.floors import judge, rows_of
 from benchmarks.gpu_floors import judge_gpu
+from benchmarks.gpu_suite import gpu_cases
+from benchmarks.lora_floors import judge_lora
 from benchmarks.measure import Budget
 from benchmarks.options import fill, make_parser
-from benchmarks.records import Record, append_csv, stamp, write_json
+from benchmarks.plot import plot_throughput
+from benchmarks.records import Record, Stamp, append_csv, stamp, write_json
 from benchmarks.registry import BENCHMARKS
 from benchmarks.report import print_report
-from benchmarks.roofline import limits
-from benchmarks.shapes import GPU_SHAPES, GPU_SUITE_TOKENS
+from benchmarks.roofline import Ceiling, ceilings, limits
+from benchmarks.running import CUDA_MODES, Prepared, broken, prepare, run_case
+from benchmarks.shapes import ROUTINGS
+from moeroute.integration.plot import check_plot
 
-__all__ = ["main", "reference_answer", "run_case"]
+__all__ = ["main"]
 
 WIDTH = 176
 
 
-def _record(case: Case, provider: str, **values: object) -> Record:
-    identity = {key: value for key, value in asdict(case).items() if key != "device"}
-    return Record(provider=provider, **identity, **values)  # pyright: ignore[reportArgumentType]
-
-
-def reference_answer(benchmark: Benchmark, case: Case, inputs: Inputs) -> list[torch.Tensor]:
-    """What every provider must answer to the first batch: output and gradients, in float32.
-
-    Args:
-        benchmark: The op.
-        case: Gives the mode.
-        inputs: Of the case.
-    """
-
-    def run(index: int) -> torch.Tensor:
-        return benchmark.reference(inputs.weights, inputs.batches[index])
-
-    mode = "fwd" if case.mode == "mem" else case.mode
-    return measure.step(Bound(run, inputs.leaves), inputs, 0, mode)
-
-
-def run_case(benchmark: Benchmark, case: Case, budget: Budget) -> list[Record]:
-    """Check every provider's answer, then measure.
-
-    Args:
-        benchmark: The op.
-        case: What to measure.
-        budget: How long it may take.
-
-    Returns:
-        One record per provider; those that a rule skips say so in `note`.
-    """
-    inputs = benchmark.make_inputs(case)
-    wanted = reference_answer(benchmark, case, inputs)
-    bound: dict[str, Bound] = {}
-    errors: dict[str, float | None] = {}
-    first: dict[str, float] = {}
-    skipped: list[Record] = []
-    for provider in benchmark.providers:
-        if reason := provider.skip(case):
-            skipped.append(_record(case, provider.name, note=reason))
-            continue
-        bound[provider.name] = provider.bind(inputs)
-        seconds, error = _first_call(provider, bound[provider.name], inputs, case, wanted)
-        first[provider.name], errors[provider.name] = seconds, error
-    del wanted
-    gc.collect()
-    if case.mode == "mem":
-        measured = [
-            _record(
-                case,
-                name,
-                error=errors[name],
-                saved_bytes=measure.saved_bytes(one, inputs),
-                peak_bytes=measure.peak_bytes(one, inputs, case),
-            )
-            for name, one in bound.items()
-        ]
-        return measured + skipped
-    bound[AGAIN], errors[AGAIN], first[AGAIN] = bound[OURS], errors[OURS], first[OURS]
-    paced = [p.name for p in benchmark.providers if p.checked and p.name in bound]
-    times = measure.interleave(bound, inputs, case, budget, first, paced)
-    return [_timed(case, name, times, errors[name], budget.clock) for name in bound] + skipped
-
-
-def _first_call(
-    provider: Provider, bound: Bound, inputs: Inputs, case: Case, wanted: list[torch.Tensor]
-) -> tuple[float, float | None]:
-    """Seconds of the first call, warm-up included, and how wrong its answer is."""
-    mode = "fwd" if case.mode == "mem" else case.mode
-    found: list[torch.Tensor] = []
-    seconds = measure.seconds_of(
-        lambda: found.extend(measure.step(bound, inputs, 0, mode)), case.device
-    )
-    return seconds, measure.error_of(found, wanted) if provider.checked else None
-
-
-def _timed(
-    case: Case, name: str, times: dict[str, list[float]], error: float | None, clock: str
-) -> Record:
-    own = [1e3 * seconds for seconds in times[name]]
-    cuts = quantiles(own, n=10, method="inclusive") if len(own) > 1 else own * 9
-    ratios = [ours / theirs for ours, theirs in zip(times[OURS], times[name], strict=False)]
-    return _record(
-        case,
-        name,
-        clock=clock,
-        rounds=len(own),
-        p20_ms=cuts[1],
-        p50_ms=median(own),
-        p80_ms=cuts[7],
-        ours_over_it=median(ratios),
-        error=error,
-    )
-
-
 def _cases(options: argparse.Namespace) -> list[Case]:
+    suite = None
+    if options.suite == "gpu":
+        on_cuda = torch.device(options.device).type == "cuda"
+        every = gpu_cases(options.device)
+        suite = [case for case in every if on_cuda or case.mode not in CUDA_MODES]
     found = []
     for name in options.op:
         benchmark = BENCHMARKS[name]
-        shapes, tokens = options.shape, options.tokens
-        if options.suite == "gpu" and name == "routed_mlp":
-            shapes, tokens = shapes or list(GPU_SHAPES), tokens or list(GPU_SUITE_TOKENS)
-        known = shapes and [one for one in shapes if benchmark.knows(one)]
-        if shapes and not known:
+        known = options.shape and [one for one in options.shape if benchmark.knows(one)]
+        if options.shape and not known:
             continue
+        own = benchmark.cases(options.device)
         found += select_cases(
-            benchmark.cases(options.device),
+            own if suite is None else [case for case in suite if case.op == name],
             modes=options.modes,
             shapes=known,
-            tokens=tokens,
+            tokens=options.tokens,
             dtypes=options.dtype,
             routings=options.routing,
         )
-    return found
+    places = {case: place for place, case in enumerate(suite or ())}
+    return sorted(found, key=lambda case: places.get(case, len(places)))
 
 
-def _run_all(cases: Sequence[Case], budget: Budget, console: Console) -> list[Record]:
-    records: list[Record] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(cases))
-        for number, case in enumerate(cases, 1):
-            label = f"{case.op} {case.mode} {case.shape_name} T={case.tokens} {case.dtype}"
-            progress.update(task, description=label)
-            if not console.is_terminal:
-                console.print(f"{number}/{len(cases)} {label}", highlight=False)
-            records += run_case(BENCHMARKS[case.op], case, budget)
-            progress.advance(task)
-            gc.collect()
-    return records
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How the rows of a run are made.
+
+    Attributes:
+        budget: Of a row.
+        until: `time.monotonic()` after which no row begins.
+        keep: Takes the records of a row as soon as it is done.
+        console: Where progress is told.
+        without: Names of providers that are left out.
+    """
+
+    budget: Budget
+    until: float
+    keep: Callable[[list[Record]], None]
+    console: Console
+    without: Sequence[str] = ()
+
+    def all(self, cases: Sequence[Case]) -> list[Record]:
+        """Run the cases in their order, as many as time allows."""
+        records: list[Record] = []
+        prepared: Prepared | None = None
+        done: list[Record] = []
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        bar = Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True)
+        with bar as progress:
+            task = progress.add_task("", total=len(cases))
+            for number, case in enumerate(cases):
+                if time.monotonic() > self.until:
+                    self._stop(len(cases) - number, "time is up")
+                    break
+                self._tell(progress, task, f"{number + 1}/{len(cases)} {_label(case)}")
+                if prepared is None or not prepared.serves(case):
+                    # gone before the next inputs are made: one layer may fill half a device
+                    prepared = None
+                    gc.collect()
+                    prepared, done = _prepared(case)
+                if prepared is not None:
+                    done = run_case(self._benchmark(case), case, self.budget, prepared)
+                self.keep(done)
+                records += done
+                progress.advance(task)
+                if any(record.failed for record in done) and (dead := _dead(case.device)):
+                    self._stop(len(cases) - number - 1, f"the device answers no more: {dead}")
+                    break
+        return records
+
+    def _benchmark(self, case: Case) -> Benchmark:
+        whole = BENCHMARKS[case.op]
+        kept = tuple(one for one in whole.providers if one.name not in self.without)
+        return replace(whole, providers=kept)
+
+    def _tell(self, progress: Progress, task: TaskID, label: str) -> None:
+        progress.update(task, description=label.partition(" ")[2])
+        if not self.console.is_terminal:
+            self.console.print(label, highlight=False)
+
+    def _stop(self, left: int, reason: str) -> None:
+        self.console.print(f"stopped, {reason}: {left} rows were not run", highlight=False)
+
+
+def _prepared(case: Case) -> tuple[Prepared | None, list[Record]]:
+    """Inputs and answer of a case, or the record that says why there are none."""
+    try:
+        return prepare(BENCHMARKS[case.op], case), []
+    except RuntimeError as error:
+        return None, [broken(case, OURS, error)]
+
+
+def _label(case: Case) -> str:
+    skew = "" if case.routing == ROUTINGS[0] else f" {case.routing}"
+    return f"{case.op} {case.mode} {case.shape_name} T={case.tokens} {case.dtype}{skew}"
+
+
+def _dead(device: str) -> str:
+    """What a device says that a broken kernel has taken down for good, or ""."""
+    if torch.device(device).type == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            return str(error).strip().splitlines()[0]
+    return ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -177,14 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 1 where --check is given and a promise is missed, 2 where no row fits, else 0.
     """
-    parser = make_parser(__doc__)
-    options = parser.parse_args(arguments)
-    try:
-        fill(options)
-    except ValueError as error:
-        parser.error(str(error))
-    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
-        parser.error("this needs a CUDA device, and torch sees none; --device cpu runs on the CPU")
+    begun = time.monotonic()
+    options = _options(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     console = Console()
@@ -194,14 +175,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not cases:
         console.print("no row has this op, mode and shape; see --help for the names")
         return 2
-    budget = Budget(seconds=options.seconds, exact=options.rounds, clock=options.clock)
+    console.print(f"{len(cases)} rows at about {options.seconds:g} s each, and the first calls")
     made = stamp(options.device)
-    records = _run_all(cases, budget, console)
-    verdicts = [*judge(records), *judge_gpu(rows_of(records))]
-    print_report(console, records, made, verdicts, limits(rows_of(records), options.device))
+    # before the rows: a device may not answer any more after them
+    most = ceilings((case.dtype for case in cases), options.device)
+    budget = Budget(
+        options.seconds, options.slow_seconds, exact=options.rounds, clock=options.clock
+    )
+    until, keep = begun + options.deadline, _keeper(options, made)
+    run = Run(budget, until, keep, console, options.without)
+    return _report(options, console, run.all(cases), made, most)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    options = parser.parse_args(arguments)
+    try:
+        fill(options)
+        if options.plot:
+            check_plot(options.plot)
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error("this needs a CUDA device, and torch sees none; --device cpu runs on the CPU")
+    return options
+
+
+def _keeper(options: argparse.Namespace, made: Stamp) -> Callable[[list[Record]], None]:
+    """Write each row as soon as it is done, so that a run that is killed keeps what it has."""
+    if not options.append:
+        return lambda done: None
+    append_csv(options.csv, [], made)  # a file with other columns is told before the first row
+    return lambda done: append_csv(options.csv, done, made)
+
+
+def _report(
+    options: argparse.Namespace,
+    console: Console,
+    records: list[Record],
+    made: Stamp,
+    most: Mapping[str, Ceiling],
+) -> int:
+    rows = rows_of(records)
+    verdicts = [*judge(records), *judge_lora(rows), *judge_gpu(rows, most)]
+    floor = limits(rows, most)
+    print_report(console, records, made, verdicts, floor)
     if options.append:
-        append_csv(options.csv, records, made)
         console.print(f"appended {len(records)} rows to {options.csv.name}")
+    if options.plot:
+        plot_throughput(rows, floor, options.plot, title=made.device)
+        console.print(f"wrote {options.plot.name}", highlight=False)
     if options.json:
         write_json(options.json, records, made, [verdict.line for verdict in verdicts])
     return int(options.check and any(verdict.kept is False for verdict in verdicts))

@@ -13,12 +13,14 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from benchmarks.forms import GPT_OSS, SWIGLU, Form
 from benchmarks.lora_baselines import SHAPES as LORA_SHAPE_LIST
 from benchmarks.lora_baselines import LoRAShape
 
 __all__ = [
     "CPU_TOKENS",
     "DTYPES",
+    "EXPERT_LORA_SHAPES",
     "EXPERT_SHAPES",
     "FLOOR_SHAPES",
     "GPU_TOKENS",
@@ -30,6 +32,7 @@ __all__ = [
     "MEMORY_TOKENS",
     "ROTATE_BELOW_TOKENS",
     "ROUTINGS",
+    "ExpertLoRAShape",
     "ExpertShape",
     "LoRAShape",
     "expert_shape",
@@ -47,6 +50,7 @@ class ExpertShape:
         intermediate_size: I of one expert.
         num_experts: E.
         top_k: K.
+        form: How its weights lie, and its activation.
     """
 
     name: str
@@ -54,6 +58,11 @@ class ExpertShape:
     intermediate_size: int
     num_experts: int
     top_k: int
+    form: Form = SWIGLU
+
+    def experts_hit(self, tokens: int) -> float:
+        """How many experts a number of tokens is expected to choose, all alike."""
+        return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** tokens)
 
 
 _EXPERT_SHAPES = (
@@ -61,10 +70,12 @@ _EXPERT_SHAPES = (
     ExpertShape("E8k2", 1024, 512, 8, 2),
     ExpertShape("E64k8", 1024, 256, 64, 8),
     ExpertShape("E128k8", 1024, 256, 128, 8),
+    ExpertShape("E32k4", 1024, 512, 32, 4),
     # Bytes saved for backward do not depend on E: few experts, the width of Qwen3-30B-A3B.
     ExpertShape("d2048n768k8", 2048, 768, 16, 8),
     # For a second's trial of the benchmark itself.
     ExpertShape("tiny", 32, 16, 4, 2),
+    ExpertShape("tiny-gpt-oss", 32, 16, 4, 2, GPT_OSS),
     # Whose kernels are compiled ahead of time; every size is a multiple of a tile's.
     ExpertShape("compiled", 256, 128, 8, 2),
     # Released models, one layer: for a GPU.
@@ -73,7 +84,7 @@ _EXPERT_SHAPES = (
     ExpertShape("olmoe-1b-7b", 2048, 1024, 64, 8),
     ExpertShape("deepseek-v3-ep8", 7168, 2048, 32, 1),
     ExpertShape("deepseek-v2-lite", 2048, 1408, 64, 6),
-    ExpertShape("gpt-oss-20b", 2880, 2880, 32, 4),
+    ExpertShape("gpt-oss-20b", 2880, 2880, 32, 4, GPT_OSS),
 )
 
 EXPERT_SHAPES: Mapping[str, ExpertShape] = MappingProxyType({s.name: s for s in _EXPERT_SHAPES})
@@ -126,22 +137,113 @@ WARP_THREADS = 32
 COMPILED_SLOTS = (4, 256, 2048)
 """Tokens that are sorted: one for each kind of sort."""
 
-GPU_SHAPES = ("mixtral-8x7b", "qwen3-30b-a3b", "olmoe-1b-7b", "deepseek-v3-ep8", "gpt-oss-20b")
+GPU_SHAPES = ("qwen3-30b-a3b", "olmoe-1b-7b", "gpt-oss-20b", "mixtral-8x7b", "deepseek-v3-ep8")
 """The layers of `--suite gpu`."""
-GPU_SUITE_TOKENS = (1, 16, 128, 512, 8192, 32768)
-"""T of `--suite gpu`."""
+GPU_SUITE_TOKENS: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {
+        "qwen3-30b-a3b": (32768, 8192, 2048, 512, 128, 16, 1),
+        "olmoe-1b-7b": (32768, 8192, 512, 128, 16, 1),
+        "gpt-oss-20b": (32768, 8192, 512, 128, 16, 1),
+        "mixtral-8x7b": (32768, 8192, 512, 1),
+        "deepseek-v3-ep8": (32768, 8192, 512, 1),
+    }
+)
+"""T of `--suite gpu`, by layer, from many to few: a peer that tunes itself once does so at many."""
+GPU_SKEWED_TOKENS = (8192, 128)
+"""T at which the suite times skewed routing too."""
 GPU_JUDGED_SHAPE = "qwen3-30b-a3b"
 GPU_JUDGED_TOKENS = 32768
+GPU_NEAR_SHAPES = ("olmoe-1b-7b", "gpt-oss-20b")
+"""Layers that are to come near the judged one."""
 GPU_MANY_TOKENS = 8192
 """T from which on the lead over other kernels is judged."""
+GPU_FEW_TOKENS = 512
+"""T up to which reading the weights once is most of the work."""
+GPU_GRAPH_TOKENS = (128, 1)
+"""T at which a layer is captured in a CUDA graph."""
+
+COMPILE_SEEN_TOKENS = (1, 3, 40, 200, 700, 2000, 6000)
+"""T that come first: one for each way to sort and each class of rows per expert."""
+COMPILE_TOKENS = tuple(5 + 11 * step**2 for step in range(20))
+"""Twenty T after which no kernel may be new, 5 to 3976."""
+
+_GPU_LORA_SHAPES = (
+    LoRAShape(8192, 4, 1, 8),
+    LoRAShape(8192, 8, 2, 32),
+    LoRAShape(8192, 4, 2, 8, 4096),
+    LoRAShape(8192, 8, 2, 16, 4096),
+    LoRAShape(8192, 8, 2, 64, 4096),
+    LoRAShape(8192, 16, 4, 64, 4096),
+)
+GPU_LORA_NAMES = tuple(shape.name for shape in _GPU_LORA_SHAPES)
+"""Mixtures of LoRA of `--suite gpu`."""
+GPU_LORA_TOKENS = (8192, 64)
 
 LORA_SHAPES: Mapping[str, LoRAShape] = MappingProxyType(
-    {shape.name: shape for shape in LORA_SHAPE_LIST}
+    {
+        shape.name: shape
+        for shape in (*LORA_SHAPE_LIST, LoRAShape(64, 8, 2, 16, 2048), *_GPU_LORA_SHAPES)
+    }
 )
 """Mixtures of LoRA over one linear, by name."""
 
+MIXTURE_NAMES = ("E8k2r16", "E8k2r16-d2048")
+MIXTURE_TOKENS = (64, 512, 4096)
+"""Where a whole mixture over one linear is timed beside plain LoRA."""
 LORA_FLOOR_CASES = tuple((shape.name, shape.tokens) for shape in LORA_SHAPE_LIST)
 """Name and T of each row that `make bench` times and judges."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLoRAShape:
+    """LoRA on the first matrix of every expert of a layer.
+
+    Attributes:
+        name: Stands in the tables and in results.csv.
+        layer: Gives the sizes of the frozen experts: I = H in, O = 2 * I out, E and K.
+        r: Rank of one expert's pair.
+        num_adapters: Pairs per expert; each token has an adapter of its own.
+    """
+
+    name: str
+    layer: ExpertShape
+    r: int
+    num_adapters: int = 1
+
+
+def _on_experts(layer: str, r: int, num_adapters: int = 1) -> ExpertLoRAShape:
+    several = f"a{num_adapters}" if num_adapters > 1 else ""
+    return ExpertLoRAShape(f"{layer}-r{r}{several}", EXPERT_SHAPES[layer], r, num_adapters)
+
+
+_EXPERT_LORA_SHAPES = (
+    _on_experts("E8k2", 16),
+    _on_experts("E64k8", 16),
+    _on_experts("E32k4", 16),
+    _on_experts("tiny", 2),
+    _on_experts("tiny", 2, 3),
+    *(_on_experts("qwen3-30b-a3b", r) for r in (8, 16, 64)),
+    *(_on_experts("olmoe-1b-7b", r) for r in (8, 64)),
+    *(_on_experts("qwen3-30b-a3b", 16, adapters) for adapters in (4, 16)),
+)
+
+EXPERT_LORA_SHAPES: Mapping[str, ExpertLoRAShape] = MappingProxyType(
+    {shape.name: shape for shape in _EXPERT_LORA_SHAPES}
+)
+"""LoRA on experts, by name."""
+
+EXPERT_LORA_FLOOR_CASES = tuple(
+    (name, tokens) for name in ("E8k2-r16", "E64k8-r16") for tokens in (16, 256)
+)
+"""Name and T of each row of forward + backward that `make bench` times and judges."""
+EXPERT_LORA_DECODE_SHAPE = "E32k4-r16"
+"""The shape at which one token alone is judged."""
+
+GPU_EXPERT_LORA_NAMES = tuple(
+    shape.name for shape in _EXPERT_LORA_SHAPES if shape.layer.name in GPU_SHAPES
+)
+"""LoRA on experts of `--suite gpu`."""
+GPU_EXPERT_LORA_TOKENS = (8192, 64)
 
 CEILING_SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
     {"cpu": (1536, 2**25), "cuda": (8192, 2**28)}

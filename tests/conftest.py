@@ -73,3 +73,11 @@ def seed_everything() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code() -> Iterator[None]:
+    """Let no test meet the compiler's limit on recompilations because of those before it."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

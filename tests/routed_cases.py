@@ -92,6 +92,14 @@ class Inputs:
     ids: Tensor
     differentiable: dict[str, Tensor]
 
+    def on(self, device: str) -> "Inputs":
+        """The same numbers on another device."""
+        moved = {
+            name: tensor.detach().to(device).requires_grad_()
+            for name, tensor in self.differentiable.items()
+        }
+        return Inputs(self.case, self.ids.to(device), moved)
+
     def call(self, op: Callable[..., Tensor], tensors: dict[str, Tensor] | None = None) -> Tensor:
         """Call `routed_mlp` or its reference."""
         given = dict(self.differentiable if tensors is None else tensors)
@@ -135,14 +143,15 @@ def make(case: Case) -> Inputs:
     return Inputs(case, case.routing(case.tokens, case.slots, case.experts), tensors)
 
 
-def both_sides(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
-    """Output and every gradient: (of the op, of the float64 reference), by name."""
-    inputs = make(case)
-    exact = {k: v.detach().double().requires_grad_() for k, v in inputs.differentiable.items()}
-    seen, expected = inputs.call(routed_mlp), inputs.call(reference.routed_mlp, exact)
+def both_sides(case: Case, device: str = "cpu") -> dict[str, tuple[Tensor, Tensor]]:
+    """Output and every gradient by name: of the op on a device, of the float64 reference."""
+    drawn = make(case)
+    exact = {k: v.detach().double().requires_grad_() for k, v in drawn.differentiable.items()}
+    inputs = drawn.on(device)
+    seen, expected = inputs.call(routed_mlp), drawn.call(reference.routed_mlp, exact)
     gradient = torch.randn(expected.shape).to(seen.dtype)
     pairs = zip(
-        torch.autograd.grad(seen, list(inputs.differentiable.values()), gradient),
+        torch.autograd.grad(seen, list(inputs.differentiable.values()), gradient.to(device)),
         torch.autograd.grad(expected, list(exact.values()), gradient.double()),
         strict=True,
     )

@@ -121,6 +121,23 @@ def test_doctor_tells_of_a_balance_loss_that_training_would_lack(folder):
     assert "without a balance loss" in " ".join(result.output.split())
 
 
-def test_bench_hands_its_arguments_on():
-    result = run("bench", "--help")
-    assert result.exit_code == 0
+def test_bench_hands_its_arguments_on(capfd):
+    assert run("bench", "--help").exit_code == 0
+    told = capfd.readouterr().out
+    for option in ("--suite", "--hidden-size", "--experts", "--tokens", "--plot"):
+        assert option in told
+    assert run("bench", "--experts", "none").exit_code == 2
+    assert "--experts" in capfd.readouterr().err
+
+
+def test_bench_times_a_layer_of_ones_own_and_writes_where_one_stands(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "benchmarks").mkdir()  # a folder of that name is not taken for the benchmarks
+    sizes = "--hidden-size 24 --intermediate-size 16 --experts 4 --top-k 2 --tokens 3"
+    measured = "--modes fwd --dtype fp32 --rounds 2 --json here.json"
+    assert run("bench", *sizes.split(), *measured.split()).exit_code == 0
+    told = capfd.readouterr().out
+    assert "24x16-E4k2" in told
+    assert "limit" in told
+    records = json.loads((tmp_path / "here.json").read_text())["records"]
+    assert {record["shape_name"] for record in records} == {"24x16-E4k2"}

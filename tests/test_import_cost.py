@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+import moeroute
+
 HEAVY = (
     "transformers",
     "peft",
@@ -58,7 +60,9 @@ def test_the_floors_below_integration_need_neither_transformers_nor_peft():
         "    hidden_size=4, intermediate_size=8, num_experts=3, top_k=2)\n"
         "print(tuple(layer(torch.ones(1, 2, 4)).shape), *moeroute.list_methods())"
     )
-    assert run_python(code).startswith("(1, 2, 4) mixlora molora")
+    shape, *methods = run_python(code).rpartition(")")
+    assert shape == "(1, 2, 4"
+    assert methods[-1].split() == moeroute.list_methods()
 
 
 def test_import_takes_about_as_long_as_torch():

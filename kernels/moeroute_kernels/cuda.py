@@ -127,11 +127,10 @@ def _routed_mlp(
 
     *form, keep = form_and_keep
     weights = Weights(gate_up, down, gate_up_bias, down_bias)
-    out, saved = device.forward(
-        x, weights, selected_experts, routing_weights, Form(*form), keep=keep
-    )
+    given = (x, weights, selected_experts, routing_weights, Form(*form))
     if not keep:
-        return out, *saved_storage(x, gate_up, 0, 0)
+        return device.infer(*given), *saved_storage(x, gate_up, 0, 0)
+    out, saved = device.forward(*given)
     return out, saved.pre, saved.order, saved.expert_offsets
 
 

@@ -14,6 +14,7 @@ from moeroute import losses as losses
 from moeroute import routers as routers
 from moeroute.integration import lazy_registration
 from moeroute.layers import MoELayer as MoELayer
+from moeroute.layers.policy_gradient import policy_gradient_loss as policy_gradient_loss
 from moeroute.layers.post_step import post_step as post_step
 from moeroute.layers.routed import aux_losses as aux_losses
 from moeroute.methods import MixLoRA as MixLoRA
@@ -30,11 +31,16 @@ if TYPE_CHECKING:
     )
     from moeroute.integration.adapters.inputs import routing_inputs as routing_inputs
     from moeroute.integration.adapters.merge import merge as merge
+    from moeroute.integration.adapters.mix import mix_adapters as mix_adapters
     from moeroute.integration.adapters.peft_method import MoeRouteConfig as MoeRouteConfig
     from moeroute.integration.adapters.wrap import unwrap_model as unwrap_model
     from moeroute.integration.adapters.wrap import wrap_model as wrap_model
     from moeroute.integration.callback import RoutingCallback as RoutingCallback
     from moeroute.integration.doctor import doctor as doctor
+    from moeroute.integration.policy_gradient_trainer import (
+        PolicyGradientMixin as PolicyGradientMixin,
+    )
+    from moeroute.integration.post_step_callback import PostStepCallback as PostStepCallback
     from moeroute.integration.track import track_routing as track_routing
 
 __all__ = [
@@ -42,6 +48,8 @@ __all__ = [
     "MoELayer",
     "MoLoRA",
     "MoeRouteConfig",
+    "PolicyGradientMixin",
+    "PostStepCallback",
     "RoutingCallback",
     "__version__",
     "accept_routing_inputs",
@@ -53,6 +61,8 @@ __all__ = [
     "list_methods",
     "losses",
     "merge",
+    "mix_adapters",
+    "policy_gradient_loss",
     "post_step",
     "routers",
     "routing_inputs",
@@ -67,11 +77,14 @@ def __getattr__(name: str) -> Any:
     """Load what needs transformers or PEFT when it is asked for."""
     module = {
         "MoeRouteConfig": "adapters.peft_method",
+        "PolicyGradientMixin": "policy_gradient_trainer",
+        "PostStepCallback": "post_step_callback",
         "RoutingCallback": "callback",
         "accept_routing_inputs": "adapters.inputs",
         "doctor": "doctor",
         "fast_expert_lora": "adapters.expert_lora",
         "merge": "adapters.merge",
+        "mix_adapters": "adapters.mix",
         "routing_inputs": "adapters.inputs",
         "save_adapter": "adapters.files",
         "track_routing": "track",

@@ -6,6 +6,7 @@ What needs transformers, PEFT or matplotlib is imported inside the commands, so 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -194,8 +195,11 @@ def bench(context: typer.Context) -> None:
     root = next((folder for folder in _repositories() if _has_benchmarks(folder)), None)
     if root is None:
         _fail(CLONE)
-    command = [sys.executable, "-m", "benchmarks.run", *context.args]
-    raise typer.Exit(subprocess.run(command, cwd=root, check=False).returncode)
+    # The user's folder stays the working one, for files that are written; the clone is found first.
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-P", "-m", "benchmarks.run", *context.args]
+    raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
 
 
 def _run(model: Any, batches: list[Any]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from benchmarks.cases import AGAIN, OURS
 from benchmarks.floors import Verdict, judge, noise, rows_of
+from benchmarks.lora_floors import judge_lora
 from benchmarks.records import Record
 
 ROW = Record(
@@ -26,7 +27,9 @@ def row(**ratios: float) -> list[Record]:
 
 def verdicts(records: list[Record]) -> dict[str, Verdict]:
     words = ("definition", "mean", "1.10", "eager", "saved", "gated_lora")
-    return dict(zip(words, judge(records), strict=True))
+    found = dict(zip(words, judge(records), strict=True))
+    words = ("of plain LoRA", "of a loop", "rebuilt", "decode")
+    return found | dict(zip(words, judge_lora(rows_of(records)), strict=True))
 
 
 def test_a_run_that_keeps_every_promise():
@@ -36,6 +39,10 @@ def test_a_run_that_keeps_every_promise():
         **told,
         "saved": None,
         "gated_lora": None,
+        "of plain LoRA": None,
+        "of a loop": None,
+        "rebuilt": None,
+        "decode": None,
     }
     assert "0.900 over 1 rows" in seen["mean"].line
     assert "20.0x" in seen["eager"].line
@@ -93,4 +100,40 @@ def test_the_mixture_has_no_slack_but_noise_is_told():
 
 def test_other_shapes_tell_nothing_about_the_promises():
     seen = verdicts([replace(record, shape_name="tiny") for record in row(grouped_mm=2.0)])
-    assert [verdict.kept for verdict in seen.values()] == [True] + [None] * 5
+    assert [verdict.kept for verdict in seen.values()] == [True] + [None] * 9
+
+
+def expert_lora(mode: str, shape: str, tokens: int, ratio: float) -> list[Record]:
+    ours = replace(ROW, op="grouped_lora", mode=mode, shape_name=shape, tokens=tokens)
+    return [ours, replace(ours, provider="rebuilt", ours_over_it=ratio, p50_ms=1 / ratio)]
+
+
+def test_lora_on_experts_is_judged_against_the_rebuilt_stack():
+    kept = expert_lora("fwd_bwd", "E8k2-r16", 256, 0.49) + expert_lora("fwd", "E32k4-r16", 1, 0.12)
+    seen = verdicts(kept)
+    assert (seen["rebuilt"].kept, seen["decode"].kept) == (True, True)
+    late = expert_lora("fwd_bwd", "E64k8-r16", 16, 0.51) + expert_lora("fwd", "E32k4-r16", 1, 0.13)
+    seen = verdicts(kept + late)
+    assert (seen["rebuilt"].kept, seen["decode"].kept) == (False, False)
+    assert seen["rebuilt"].misses == ("1.96x  grouped_lora fwd_bwd E64k8-r16 T=16 fp32 uniform",)
+
+
+def test_who_raised_has_no_answer():
+    raised = replace(ROW, p50_ms=None, ours_over_it=None, error=None, note="failed: no memory")
+    peer = replace(ROW, provider="grouped_mm", ours_over_it=None)
+    seen = verdicts([raised, peer])
+    assert seen["definition"].kept is False
+    assert seen["definition"].misses[0].startswith("failed: no memory")
+    assert seen["1.10"].kept is False
+    peers = [replace(one, note="failed: x", p50_ms=None) for one in row(eager=2.0)[1:]]
+    (only,) = rows_of([ROW, *peers, *row(grouped_mm=0.9)[1:]])
+    assert only.of_best == 0.9
+
+
+def test_a_mixture_is_held_to_plain_lora_and_to_a_loop():
+    ours = replace(ROW, op="lora_mixture", shape_name="E8k2r16", tokens=64)
+    plain = replace(ours, provider="peft_lora", ours_over_it=1.25)
+    loop = replace(ours, provider="masked_loop", ours_over_it=0.6)
+    seen = verdicts([ours, plain, loop])
+    assert seen["of plain LoRA"].kept
+    assert seen["of a loop"].misses == ("0.600  lora_mixture fwd_bwd E8k2r16 T=64 fp32 uniform",)

@@ -11,20 +11,32 @@ from benchmarks.floors import MAX_ERROR
 from benchmarks.measure import error_of, step
 from benchmarks.registry import BENCHMARKS
 from benchmarks.routed_mlp import BENCHMARK as ROUTED_MLP
-from benchmarks.run import reference_answer
+from benchmarks.running import reference_answer
 from benchmarks.shapes import DTYPES, ROUTINGS
 
-SMALL = {"routed_mlp": "tiny", "gated_lora": "E4k2r8"}
+SMALL = {
+    "routed_mlp": ("tiny", "tiny-gpt-oss"),
+    "gated_lora": ("E4k2r8",),
+    "lora_mixture": ("E8k2r16",),
+    "grouped_lora": ("tiny-r2", "tiny-r2a3"),
+}
+THREE = ("eager", "batched_mm", "grouped_mm")
+NEED_A_DEVICE = ("liger", "scattermoe")
+
+
+def small_case(op: str, mode: str, dtype: str, routing: str = "uniform", place: int = 0) -> Case:
+    return Case(op, mode, SMALL[op][place], 5, dtype, routing, "cpu")
+
+
 CHECKED = [
-    pytest.param(name, provider, id=f"{name}-{provider.name}")
-    for name, benchmark in BENCHMARKS.items()
-    for provider in benchmark.providers
+    pytest.param(name, place, provider, id=f"{shape}-{provider.name}")
+    for name, shapes in SMALL.items()
+    for place, shape in enumerate(shapes)
+    for provider in BENCHMARKS[name].providers
     if provider.checked
+    and provider.name not in NEED_A_DEVICE
+    and not provider.skip(small_case(name, "fwd", "fp32", place=place))
 ]
-
-
-def small_case(op: str, mode: str, dtype: str, routing: str = "uniform") -> Case:
-    return Case(op, mode, SMALL[op], 5, dtype, routing, "cpu")
 
 
 def test_every_benchmark_is_tested_here():
@@ -33,9 +45,11 @@ def test_every_benchmark_is_tested_here():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["fwd", "fwd_bwd"])
-@pytest.mark.parametrize(("op", "provider"), CHECKED)
-def test_a_provider_agrees_with_the_reference(op: str, provider: Provider, mode: str, dtype: str):
-    case = small_case(op, mode, dtype)
+@pytest.mark.parametrize(("op", "place", "provider"), CHECKED)
+def test_a_provider_agrees_with_the_reference(
+    op: str, place: int, provider: Provider, mode: str, dtype: str
+):
+    case = small_case(op, mode, dtype, place=place)
     inputs = BENCHMARKS[op].make_inputs(case)
     wanted = reference_answer(BENCHMARKS[op], case, inputs)
     found = step(provider.bind(inputs), inputs, 0, mode)
@@ -43,18 +57,25 @@ def test_a_provider_agrees_with_the_reference(op: str, provider: Provider, mode:
     assert error_of(found, wanted) <= MAX_ERROR[dtype]
 
 
+@pytest.mark.parametrize("place", [0, 1], ids=SMALL["routed_mlp"])
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_the_loop_is_the_kernels_reference(routing: str):
-    inputs = ROUTED_MLP.make_inputs(small_case("routed_mlp", "fwd_bwd", "fp32", routing))
-    weights, batch = inputs.weights, inputs.batches[0]
+def test_the_loop_is_the_kernels_reference(routing: str, place: int):
+    case = small_case("routed_mlp", "fwd_bwd", "fp32", routing, place)
+    inputs = ROUTED_MLP.make_inputs(case)
+    weights, batch, form = inputs.weights, inputs.batches[0], inputs.form
     leaves = list(inputs.leaves(0).values())
-    loop = ROUTED_MLP.reference(weights, batch)
+    loop = ROUTED_MLP.reference(inputs).run(0)
     definition = moeroute_kernels.reference.routed_mlp(
         batch["x"],
-        weights["gate_up"],
-        weights["down"],
+        *form.matrices(weights),
         batch["selected_experts"],
         batch["routing_weights"],
+        gate_up_bias=weights.get("gate_up_bias"),
+        down_bias=weights.get("down_bias"),
+        activation=form.activation,
+        interleaved=form.interleaved,
+        alpha=form.alpha,
+        limit=form.limit,
     )
     found, wanted = (
         [out.detach(), *torch.autograd.grad(out, leaves, inputs.gradients[0])]
@@ -69,9 +90,17 @@ def test_the_peers_are_those_of_the_promise():
         for name, benchmark in BENCHMARKS.items()
     }
     assert peers == {
-        "routed_mlp": {"eager", "batched_mm", "grouped_mm"},
+        "routed_mlp": {*THREE, "hand_sorted", "liger", "scattermoe"},
         "gated_lora": {"naive_loop", "masked_loop", "grouped", "dense_stacked"},
+        "lora_mixture": {"masked_loop"},
+        "grouped_lora": {"rebuilt", "masked_loop"},
     }
+
+
+def test_on_a_cpu_the_peers_are_transformers_three():
+    cpu = {one.name for one in ROUTED_MLP.providers if one.peer and one.runs_on("cpu")}
+    assert cpu == set(THREE)
+    assert all(provider.runs_on("cuda:0") for provider in ROUTED_MLP.providers)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -3,9 +3,9 @@
 import pytest
 
 from benchmarks.floors import Row
-from benchmarks.roofline import Ceiling, ceiling, least_seconds
+from benchmarks.roofline import Ceiling, ceilings, least_seconds, limits, operations
 from benchmarks.run import main
-from benchmarks.shapes import DTYPES, EXPERT_SHAPES, expert_shape
+from benchmarks.shapes import EXPERT_SHAPES, expert_shape
 
 FREE_MEMORY = Ceiling(flops=1.0, bytes=float("inf"))
 FREE_PRODUCTS = Ceiling(flops=float("inf"), bytes=1.0)
@@ -33,8 +33,41 @@ def test_more_tokens_hit_more_experts():
     assert one < many < 8 * one
 
 
+def lora(op: str, mode: str, shape: str, tokens: int) -> Row:
+    return Row((op, mode, shape, tokens, "bf16", "uniform"), {})
+
+
+def test_a_mixture_over_one_linear_by_hand():
+    # 3 tokens, 2 slots, rank 8, 1024 wide: the linear, then A and B of each slot
+    linear, pairs = 2 * 3 * 1024**2, 2 * 3 * 2 * 8 * 2048
+    forward, both = (lora("gated_lora", mode, "E4k2r8", 3) for mode in ("fwd", "fwd_bwd"))
+    assert operations(forward.key) == linear + pairs
+    # backward: the frozen linear has a gradient of its input alone, the pairs of both
+    assert operations(both.key) == 2 * linear + 3 * pairs
+    hit = 4 * (1 - 0.5**3)
+    moved = 2 * 3 * 1024 + 1024**2 + hit * 8 * 2048
+    assert least_seconds(forward, FREE_PRODUCTS) == 2 * moved
+
+
+def test_lora_on_experts_by_hand():
+    # one token, 2 slots of 4 experts of 32 -> 2 * 16, rank 2: every group is hit at most once
+    forward, both = (lora("grouped_lora", mode, "tiny-r2", 1) for mode in ("fwd", "fwd_bwd"))
+    matrix, pair = 32 * 32, 2 * (32 + 32)
+    assert operations(forward.key) == 2 * 2 * (matrix + pair)
+    assert operations(both.key) == 2 * 2 * (2 * matrix + 3 * pair)
+    moved = 2 * (32 + 32) + 2 * matrix + 2 * pair
+    assert least_seconds(forward, FREE_PRODUCTS) == 2 * moved
+
+
+def test_only_times_have_a_limit():
+    rows = [row(mode, "tiny", 4) for mode in ("fwd", "fwd_bwd", "mem", "launches", "graph")]
+    found = limits(rows, {"bf16": Ceiling(flops=1e12, bytes=1e12)})
+    assert list(found) == [row("fwd", "tiny", 4).key, row("fwd_bwd", "tiny", 4).key]
+    assert found[rows[1].key] > found[rows[0].key] > 0
+
+
 def test_ceilings_are_measured():
-    seen = ceiling(DTYPES["fp32"], "cpu")
+    seen = ceilings(["fp32"], "cpu")["fp32"]
     assert 1e9 < seen.flops < 1e14
     assert 1e8 < seen.bytes < 1e12
 

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import run
 from benchmarks.cases import AGAIN, Case, select_cases
 from benchmarks.measure import Budget
-from benchmarks.records import COLUMNS, read_csv
+from benchmarks.records import COLUMNS, Record, read_csv
 from benchmarks.routed_mlp import BENCHMARK
-from benchmarks.run import main, run_case
+from benchmarks.run import main
+from benchmarks.running import run_case
 
 TRIAL = ["--shape", "tiny,E4k2r8", "--tokens", "3", "--dtype", "fp32", "--rounds", "2"]
 
@@ -23,7 +25,9 @@ def test_a_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     seen = {(row["op"], row["mode"], row["provider"]) for row in rows}
     assert len(seen) == len(rows)
     names = ("moeroute", AGAIN, "grouped_mm", "eager", "batched_mm", "dense")
-    assert {("routed_mlp", "fwd_bwd", name) for name in names} <= seen
+    assert {("routed_mlp", "fwd_bwd", name) for name in names} == {
+        one for one in seen if one[:2] == ("routed_mlp", "fwd_bwd")
+    }
     assert ("gated_lora", "fwd", "masked_loop") in seen
     for row in rows:
         if row["mode"] == "mem":
@@ -38,6 +42,54 @@ def test_a_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "geometric mean of / best" in printed
     assert "PASS  answers and gradients agree with the definition" in printed
     assert len(json.loads(everything.read_text())["records"]) == len(rows)
+
+
+def test_rows_are_kept_though_the_run_breaks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    table, calls = tmp_path / "rows.csv", []
+
+    def broken_off(*given: object) -> list[Record]:
+        calls.append(given)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return run_case(*given)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(run, "run_case", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        main([*TRIAL, "--append", "--csv", str(table)])
+    assert {row["mode"] for row in read_csv(table)} == {"fwd"}
+
+
+def test_no_row_begins_after_the_deadline(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    table = tmp_path / "rows.csv"
+    files = ["--append", "--csv", str(table), "--deadline", "1e-9"]
+    assert main([*TRIAL, *files]) == 0
+    assert read_csv(table) == []
+    assert "stopped, time is up: 6 rows were not run" in capsys.readouterr().out
+
+
+def test_the_rows_of_the_gpu_suite_that_a_cpu_can_run(capsys: pytest.CaptureFixture[str]):
+    sizes = ["--suite", "gpu", "--device", "cpu", "--op", "routed_mlp", "--shape", "tiny"]
+    assert main([*sizes, "--tokens", "4", "--rounds", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "routed_mlp, mem" in printed
+    assert "launches" not in printed
+    assert "failed" not in printed
+
+
+def test_a_peer_is_left_out(tmp_path: Path):
+    table = tmp_path / "rows.csv"
+    choice = ["--op", "routed_mlp", "--without", "eager,dense"]
+    assert main([*TRIAL, *choice, "--append", "--csv", str(table)]) == 0
+    names = {row["provider"] for row in read_csv(table)}
+    assert names == {"moeroute", AGAIN, "grouped_mm", "batched_mm"}
+
+
+def test_a_plot_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    picture = tmp_path / "new" / "throughput.png"
+    sizes = ["--shape", "tiny", "--tokens", "2,3", "--dtype", "fp32", "--rounds", "2"]
+    assert main([*sizes, "--modes", "fwd,fwd_bwd", "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "wrote throughput.png" in capsys.readouterr().out
 
 
 def test_nothing_is_written_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -59,12 +111,18 @@ def test_what_is_skipped_is_recorded():
     ("arguments", "message"),
     [
         (["--shape", "E8k3"], "unknown 'E8k3'; use some of"),
-        (["--op", "sort"], "unknown 'sort'; use some of routed_mlp, gated_lora"),
+        (
+            ["--op", "sort"],
+            "unknown 'sort'; use some of routed_mlp, gated_lora, lora_mixture, grouped_lora",
+        ),
+        (["--modes", "launches"], "launches: this needs a CUDA device; give --suite gpu"),
+        (["--plot", "throughput.doc"], "cannot write throughput.doc: a plot's suffix is one of"),
         (["--dtype", "fp64"], "unknown 'fp64'; use some of fp32, bf16"),
         (["--modes", "bwd"], "unknown 'bwd'; use some of fwd, fwd_bwd, mem"),
         (["--tokens", "many"], "--tokens"),
         (["--tokens", "-1"], "-1"),
         (["--rounds", "0"], "0"),
+        (["--without", "moeroute"], "unknown 'moeroute'; use some of grouped_mm"),
     ],
 )
 def test_an_unknown_choice_is_named(

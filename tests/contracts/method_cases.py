@@ -5,13 +5,16 @@ A new method is a row here only if it is an exception: others are built from `SM
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer
 
 import moeroute
+from moeroute.methods.existing import LoRAExpert
 
 SMALL: Mapping[str, Any] = MappingProxyType({"r": 3, "num_experts": 4})
 NUM_EXPERTS, RANK = 4, 3
@@ -27,6 +30,51 @@ def permute_experts(key: str, parameter: torch.Tensor, order: torch.Tensor) -> t
     return parameter[order]
 
 
+def permute_heads(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """As `permute_experts` for experts that share A."""
+    return parameter if key.endswith("lora_a") else permute_experts(key, parameter, order)
+
+
+def permute_above_threshold(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """As `permute_experts` beside a threshold that belongs to no expert."""
+    return parameter if ".threshold." in key else permute_experts(key, parameter, order)
+
+
+def loss_of_output(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the model says its loss is."""
+    return model(**batch).loss
+
+
+def permute_skills(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The same where a table holds a logit a task, head and expert."""
+    if key.endswith("task_table.weight"):
+        return parameter.unflatten(1, (-1, NUM_EXPERTS))[:, :, order].flatten(1)
+    return permute_experts(key, parameter, order)
+
+
+def permute_moelora(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The same where tasks have embeddings, which know no experts."""
+    if key.endswith("task_table.weight"):
+        return parameter
+    return permute_experts(key, parameter, order)
+
+
+def seeded_loss(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The loss of a method that draws in training, with the same draw at every call."""
+    torch.manual_seed(11)
+    return model(**batch).loss
+
+
+def loss_of_draws(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The policy gradient loss, of the same draws at every call."""
+    torch.manual_seed(11)
+    return moeroute.policy_gradient_loss(model, lambda: model(**batch).loss)
+
+
+class DrawingTrainer(moeroute.PolicyGradientMixin, Trainer):
+    """Trains routers that draw."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodCase:
     """One method in the suite.
@@ -34,7 +82,12 @@ class MethodCase:
     Attributes:
         fields: Of the small method.
         second: Fields that another small method of the kind has.
-        by_task: Whether its routers need task_ids.
+        by_task: Whether its routers or losses need task_ids.
+        num_tasks: How many task ids it knows.
+        trains: Whether it has parameters.
+        loss_of: (model, batch) to the loss that the method trains on, the same at every call.
+        trainer: What makes a Trainer that trains all of the method.
+        waits: Whether its experts are frozen and do nothing until adapters fill them.
         permute: (key, parameter, order) to the parameter with its experts in another order.
         exceptions: Name of a test of the suite -> why it cannot hold for this method.
     """
@@ -42,11 +95,98 @@ class MethodCase:
     fields: Mapping[str, Any] = field(default_factory=lambda: SMALL)
     second: Mapping[str, Any] = field(default_factory=lambda: {"r": 2})
     by_task: bool = False
+    num_tasks: int = NUM_TASKS
+    trains: bool = True
+    loss_of: Callable[[torch.nn.Module, Mapping[str, torch.Tensor]], torch.Tensor] = loss_of_output
+    trainer: Callable[..., Trainer] = Trainer
+    waits: bool = False
     permute: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor] = permute_experts
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
 
-CASES: Mapping[str, MethodCase] = MappingProxyType({})
+LLAMA_SITES = tuple(
+    f"model.layers.{layer}.{part}_proj"
+    for layer in range(2)
+    for part in (
+        *(f"self_attn.{letter}" for letter in "qkvo"),
+        *(f"mlp.{word}" for word in ("gate", "up", "down")),
+    )
+)
+EXISTING: Mapping[str, Any] = MappingProxyType(
+    {
+        "sites": LLAMA_SITES,
+        "experts": tuple(
+            LoRAExpert(
+                name=name,
+                ranks=(RANK,) * len(LLAMA_SITES),
+                scalings=(2.0,) * len(LLAMA_SITES),
+            )
+            for name in ("math", "code", "law", "art")
+        ),
+    }
+)
+"""What `mix_adapters` fills in for four adapters of every linear of the suite's model."""
+
+NEEDS_ADAPTERS = {
+    "test_defaults_build_on_any_model_that_has_the_site": "it mixes adapters that exist",
+}
+NOTHING_TRAINS = "it trains nothing"
+UNTRAINED = NEEDS_ADAPTERS | {
+    test: NOTHING_TRAINS
+    for test in (
+        "test_base_is_frozen_and_everything_added_trains",
+        "test_gradient_checkpointing_changes_no_gradient",
+        "test_compiled_training_step_gives_the_same_gradients",
+        "test_autocast_agrees_with_full_precision",
+        "test_low_precision_base_keeps_its_adapter_in_float32",
+        "test_trains_with_trainer_and_resumes_with_the_same_losses",
+    )
+}
+
+CASES: Mapping[str, MethodCase] = MappingProxyType(
+    {
+        "adamole": MethodCase(permute=permute_above_threshold),
+        "arrow": MethodCase(
+            fields={"top_k": 2, **EXISTING},
+            second={"top_k": 1},
+            trains=False,
+            exceptions=UNTRAINED,
+        ),
+        "remix": MethodCase(loss_of=loss_of_draws, trainer=DrawingTrainer),
+        "hydralora": MethodCase(permute=permute_heads),
+        "loramoe": MethodCase(by_task=True, num_tasks=2),
+        "smora": MethodCase(
+            fields={"r": NUM_EXPERTS * RANK, "rank_partition": RANK, "top_k": 2 * RANK},
+            second={"r": 2 * RANK},
+            trainer=partial(Trainer, callbacks=[moeroute.PostStepCallback()]),
+        ),
+        "mhr": MethodCase(
+            fields={"num_tasks": NUM_TASKS, "heads": 2, **SMALL},
+            by_task=True,
+            loss_of=seeded_loss,
+            permute=permute_skills,
+        ),
+        "moelora": MethodCase(
+            fields={"num_tasks": NUM_TASKS, "r": NUM_EXPERTS * RANK, "num_experts": NUM_EXPERTS},
+            second={"r": 2 * NUM_EXPERTS},
+            by_task=True,
+            permute=permute_moelora,
+        ),
+        "poly": MethodCase(
+            fields={"num_tasks": NUM_TASKS, **SMALL},
+            by_task=True,
+            loss_of=seeded_loss,
+            permute=permute_skills,
+        ),
+        "phatgoose": MethodCase(
+            fields={"top_k": 2, **EXISTING},
+            second={"top_k": 1},
+            by_task=True,
+            waits=True,
+            exceptions=NEEDS_ADAPTERS,
+        ),
+    }
+)
 
 
 def case_of(name: str) -> MethodCase:
@@ -70,4 +210,7 @@ def with_tasks(name: str, batch: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     """The batch with what the method's routers need to know of its samples."""
     if not case_of(name).by_task:
         return batch
-    return {**batch, "task_ids": torch.arange(batch["input_ids"].shape[0]) % NUM_TASKS}
+    return {
+        **batch,
+        "task_ids": torch.arange(batch["input_ids"].shape[0]) % case_of(name).num_tasks,
+    }

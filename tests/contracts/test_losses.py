@@ -6,11 +6,20 @@ import pytest
 import torch
 
 from moeroute.losses import BalanceLoss, ImportanceLoss, ZLoss
+from moeroute.losses.entropy import EntropyLoss
+from moeroute.losses.weight_balance import WeightBalanceLoss
 from moeroute.routers import All, TopK, TopKSoftmax
 from moeroute.types import RouterOutput, RoutingRecord
 
 TOKENS, EXPERTS = 24, 6
-AT_BALANCE = {BalanceLoss: 1.0, ImportanceLoss: 0.0, ZLoss: math.log(EXPERTS) ** 2}
+AT_BALANCE = {
+    BalanceLoss: 1.0,
+    EntropyLoss: 1.0,
+    ImportanceLoss: 0.0,
+    WeightBalanceLoss: 2 / EXPERTS,  # two of six experts kept, not renormalised
+    ZLoss: math.log(EXPERTS) ** 2,
+}
+OF_WEIGHTS = (ImportanceLoss, WeightBalanceLoss)
 every_loss = pytest.mark.parametrize("make", list(AT_BALANCE))
 
 
@@ -63,7 +72,7 @@ def test_padding_does_not_matter_even_if_it_is_nan(make):
     torch.testing.assert_close(masked, kept)
     masked.backward()
     assert logits.grad[mask].isfinite().all()
-    if make is not ImportanceLoss:  # whose gradient passes through a softmax of NaN padding
+    if make not in OF_WEIGHTS:  # whose gradient passes through a softmax of NaN padding
         assert torch.count_nonzero(logits.grad[~mask]) == 0
 
 

@@ -213,7 +213,6 @@ def test_sum_over_slots_is_in_float32():
 def test_one_compiled_graph_serves_all_layers():
     from torch._dynamo.testing import CompileCounter
 
-    torch.compiler.reset()
     counter = CompileCounter()
     hidden_states, ids, weights = make_inputs()
     first = make_experts()
@@ -227,7 +226,6 @@ def test_one_compiled_graph_serves_all_layers():
 
 @pytest.mark.parametrize("own_gate", [False, True])
 def test_fullgraph_compile_keeps_outputs_and_gradients(own_gate):
-    torch.compiler.reset()
     experts = make_experts(own_gate=own_gate, has_bias=True)
     hidden_states, ids, weights = make_inputs()
     leaves = [hidden_states, weights, *experts.parameters()]

@@ -63,6 +63,19 @@ def test_nothing_spills_on_hopper_and_all_of_it_fits(compiled: list[dict[str, An
 
 
 @pytest.mark.slow
+def test_inference_over_many_rows_takes_wide_tiles(compiled: list[dict[str, Any]]):
+    wide = {row["kernel"] for row in compiled if row["constants"].get("COLUMNS") == 256}
+    assert wide == {"mlp_up_kernel", "mm_rows_kernel"}
+
+
+@pytest.mark.slow
+def test_one_token_is_not_sorted(compiled: list[dict[str, Any]]):
+    """The kernels without the tiles' starts are compiled, too."""
+    unsorted = {row["kernel"] for row in compiled if row["constants"].get("starts_ptr", 0) is None}
+    assert unsorted == {"mlp_up_kernel", "mm_rows_kernel"}
+
+
+@pytest.mark.slow
 def test_a_smaller_device_gets_fewer_stages(tmp_path: Path):
     rows = compile_for(120, tmp_path)
     assert not [row for row in rows if row["spilled"]]

@@ -82,3 +82,41 @@ def test_evaluation_is_not_shown():
     model, counters = counted_llama()
     model.eval()(input_ids=torch.randint(0, 31, (2, 5)))
     assert counters[0].seen == []
+
+
+def test_a_moe_layers_own_bias_balances_itself():
+    from moeroute.routers import deepseek_v3_router
+
+    layer = moeroute.MoELayer.build(hidden_size=4, intermediate_size=8, num_experts=4, top_k=1)
+    layer.router = deepseek_v3_router(4, 4, 1)
+    layer.train()(torch.ones(1, 6, 4)).sum().backward()
+    moeroute.post_step(layer)
+    bias = layer.router.select.selection_bias
+    moved = bias.e_score_correction_bias / bias.update_rate
+    assert sorted(moved.tolist()) == pytest.approx([-1, 1, 1, 1])
+
+
+def test_compiled_training_counts_the_same():
+    biases = []
+    for compiling in (False, True):
+        torch.manual_seed(0)
+        base = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=31,
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+            )
+        )
+        model = moeroute.wrap_model(base, "smora", target_modules=["q_proj"], r=6, top_k=2).train()
+        forward = torch.compile(model, backend="aot_eager") if compiling else model
+        for seed in range(3):
+            ids = torch.randint(0, 31, (2, 5), generator=torch.Generator().manual_seed(seed))
+            for _ in range(2):
+                forward(input_ids=ids, labels=ids).loss.backward()
+            moeroute.post_step(model)
+        found = [v for k, v in model.state_dict().items() if k.endswith("correction_bias")]
+        biases.append(torch.stack(found))
+    assert biases[0].abs().sum() > 0
+    assert torch.equal(biases[0], biases[1])

@@ -25,6 +25,9 @@ def test_initial_weights():
     score = LinearScore(400, 50, bias=True, init_std=0.1)
     assert score.weight.std().item() == pytest.approx(0.1, rel=0.05)
     assert torch.count_nonzero(score.bias) == 0
+    uniform = LinearScore(400, 50, init_std=None).weight
+    assert uniform.abs().max() <= 0.05
+    assert uniform.std().item() == pytest.approx(0.05 / 3**0.5, rel=0.05)
     noisy = NoisyLinearScore(HIDDEN, EXPERTS)
     assert torch.count_nonzero(noisy.weight) == torch.count_nonzero(noisy.noise_weight) == 0
 

@@ -1,8 +1,13 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from moeroute.routers import SelectionBias, deepseek_v3_router
+from moeroute.routers.selection_bias import FORWARDS_WITHOUT_A_STEP
+from moeroute.types import RouterOutput, RoutingRecord
 
 
 def test_update_moves_against_the_load():
@@ -46,3 +51,91 @@ def test_bad_counts_and_sizes():
         SelectionBias(4).update(torch.ones(3))
     with pytest.raises(ValueError, match="num_experts=0"):
         SelectionBias(0)
+
+
+def routed(ids, mask=None):
+    ids = torch.tensor(ids)
+    routing = RouterOutput(
+        router_logits=torch.zeros(ids.shape[0], 4),
+        routing_weights=torch.ones(ids.shape),
+        selected_experts=ids,
+    )
+    return RoutingRecord(site="", layer_index=0, routing=routing, token_mask=mask)
+
+
+def test_a_step_moves_by_all_that_was_observed_without_padding():
+    bias = SelectionBias(4, update_rate=0.5)
+    bias.observe(routed([[0, 1], [0, 2]]))
+    bias.observe(routed([[0, 4], [3, 3], [3, 3]], torch.tensor([True, False, False])))
+    assert bias.e_score_correction_bias.abs().sum() == 0
+    bias.post_step()  # counts 3, 1, 1, 0; mean 1.25
+    assert bias.e_score_correction_bias.tolist() == [-0.5, 0.5, 0.5, 0.5]
+    bias.post_step()
+    assert bias.e_score_correction_bias.tolist() == [-0.5, 0.5, 0.5, 0.5]
+
+
+def test_a_rate_of_zero_keeps_the_bias():
+    bias = SelectionBias(4, update_rate=0.0)
+    for _ in range(FORWARDS_WITHOUT_A_STEP):
+        bias.observe(routed([[0, 1]]))
+    bias.post_step()
+    assert bias.e_score_correction_bias.abs().sum() == 0
+
+
+def test_it_says_once_that_nothing_moves_it():
+    bias = SelectionBias(4)
+    for _ in range(FORWARDS_WITHOUT_A_STEP - 1):
+        bias.observe(routed([[0, 1]]))
+    with pytest.warns(UserWarning, match=r"moeroute\.post_step\(model\) after every"):
+        bias.observe(routed([[0, 1]]))
+    bias.observe(routed([[0, 1]]))
+    assert bias.e_score_correction_bias.abs().sum() == 0
+
+
+def test_steps_keep_it_quiet():
+    bias = SelectionBias(4)
+    for _ in range(FORWARDS_WITHOUT_A_STEP + 1):
+        bias.observe(routed([[0, 1]]))
+        bias.post_step()
+
+
+TWO_RANKS = """
+import sys
+import torch
+from torch import distributed
+from moeroute.routers import SelectionBias
+from moeroute.types import RouterOutput, RoutingRecord
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+bias = SelectionBias(3, update_rate=0.5)
+for ids in ([[0], [0], [1]], None) if rank == 0 else ([[2], [2], [2], [1]], None):
+    if ids is not None:
+        ids = torch.tensor(ids)
+        routing = RouterOutput(
+            router_logits=torch.zeros(len(ids), 3),
+            routing_weights=torch.ones(ids.shape),
+            selected_experts=ids,
+        )
+        bias.observe(RoutingRecord(site="", layer_index=0, routing=routing))
+    bias.post_step()
+if rank == 1:  # only one of the two has seen anything
+    bias.observe(RoutingRecord(site="", layer_index=0, routing=routing))
+bias.post_step()
+print(bias.e_score_correction_bias.tolist())
+distributed.destroy_process_group()
+"""
+
+
+def test_counts_are_summed_over_ranks(tmp_path):
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0].strip() for process in ranks]
+    # counts 2, 2, 3, mean 2.33; then nothing; then 0, 1, 3, mean 1.33
+    assert said == ["[1.0, 1.0, -1.0]"] * 2

@@ -36,11 +36,17 @@ def combine_kernel(
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     held = columns < O
     inside = token < T
-    filled = tl.load(ends_ptr + E - 1)
+    if inverse_ptr is None:
+        filled = T * slots
+    else:
+        filled = tl.load(ends_ptr + E - 1)
     total = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
     for slot in range(0, slots):
         at = token * slots + slot
-        row = tl.load(inverse_ptr + at, mask=inside, other=filled)
+        if inverse_ptr is None:
+            row = at
+        else:
+            row = tl.load(inverse_ptr + at, mask=inside, other=filled)
         full = inside & (row < filled)
         tile = tl.load(
             rows_ptr + row[:, None] * rows_row + columns[None, :],
@@ -59,8 +65,8 @@ def combine_kernel(
 
 def combine(
     rows: Tensor,
-    inverse: Tensor,
-    ends: Tensor,
+    inverse: Tensor | None,
+    ends: Tensor | None,
     num_tokens: int,
     *,
     scale: Tensor | None = None,
@@ -71,8 +77,9 @@ def combine(
 
     Args:
         rows: (N, O) in expert order, last stride 1; from ends[-1] on never read.
-        inverse: (N,) int64, the row of each flat slot.
-        ends: (E,) int32, inclusive ends.
+        inverse: (N,) int64, the row of each flat slot; None if rows are slots, those of empty slots
+            zero.
+        ends: (E,) int32, inclusive ends; None without inverse.
         num_tokens: T.
         scale: (T, K) contiguous factors, or None.
         base: (T, O) contiguous; if given, the result is base + scaling * sum.
@@ -95,8 +102,8 @@ def combine(
         out,
         num_tokens,
         rows.shape[1],
-        ends.shape[0],
-        inverse.shape[0] // num_tokens,
+        0 if ends is None else ends.shape[0],
+        rows.shape[0] // num_tokens,
         scaling,
         rows.stride(0),
         HAS_SCALE=scale is not None,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moeroute_kernels._triton.routed_mlp import row_major, row_major_or_none
 from moeroute_kernels._triton.rows import mm_rows, tiles_for
-from moeroute_kernels._triton.weights import mm_weights, sum_rows
+from moeroute_kernels._triton.weights import longest_first, mm_weights, sum_rows
 from moeroute_kernels.grouped_mm import empty_weight
 
 
@@ -36,7 +36,8 @@ def backward(
         tiles = tiles_for(ends, x.shape[0], x.dtype, tail=True)
         results.append(mm_rows(gradient, weight.transpose(1, 2), tiles, num_rows=x.shape[0]))
     if needs[1]:
-        results.append(mm_weights(gradient, x, ends, empty_weight(weight)))
+        turns = longest_first(ends)
+        results.append(mm_weights(gradient, x, ends, turns, empty_weight(weight)))
     if needs[2] and bias is not None:
         results.append(sum_rows(gradient, ends, bias))
     return results

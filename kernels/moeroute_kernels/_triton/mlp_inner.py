@@ -16,15 +16,18 @@ import triton.language as tl
 from torch import Tensor
 
 from moeroute_kernels._triton import config
+from moeroute_kernels._triton.config import Tiles
 from moeroute_kernels._triton.form import DeviceForm
 from moeroute_kernels._triton.glu import activate_backward
 from moeroute_kernels._triton.mlp_up import split_tile
-from moeroute_kernels._triton.product import GROUP, place_of, product, tile_rows
+from moeroute_kernels._triton.product import GROUP, place_of, product
 from moeroute_kernels._triton.source import weight_source
-from moeroute_kernels._triton.tiles import TileMap
+from moeroute_kernels._triton.tiles import TileMap, tile_rows
+from moeroute_kernels._triton.tuning import launch
 
 
-@triton.jit(do_not_specialize=["N"])
+# the partial sums are the last row of many: how it is aligned depends on N
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["dots_ptr"])
 def bias_dots_kernel(
     g_ptr,
     order_ptr,
@@ -199,15 +202,16 @@ def mlp_inner(
     num_experts, hidden, inner = weight.shape
     (num_rows, width), slots = pre.shape, routing_weights.shape[1]
     want_activated, want_pre, want_dots = wants
-    layout = config.inner_tiles(num_rows, num_experts, pre.dtype, interleaved=form.interleaved)
-    num_tiles, num_columns = tiles.experts.shape[0], triton.cdiv(inner, layout.columns)
+    num_tiles = tiles.experts.shape[0]
+    with_bias = bias is not None and want_dots
     activated = pre.new_empty((num_rows if want_activated else 0, inner))
     dpre = pre.new_empty((num_rows if want_pre else 0, width))
-    # a partial sum per block of columns, added up in their order
-    with_bias = bias is not None and want_dots
-    parts = (num_columns + with_bias, num_rows) if want_dots else (0, 0)
-    dots = torch.zeros(parts, dtype=torch.float32, device=pre.device)
-    if num_tiles * num_columns:
+
+    def run(layout: Tiles) -> Tensor:
+        """Fill activated and dpre; return dots, a partial sum per block of columns."""
+        num_columns = triton.cdiv(inner, layout.columns)
+        parts = (num_columns + with_bias, num_rows) if want_dots else (0, 0)
+        dots = torch.zeros(parts, dtype=torch.float32, device=pre.device)
         weight_or_boxes, source = weight_source(weight.transpose(1, 2), layout)
         mlp_inner_kernel[(num_tiles * num_columns,)](
             gradient,
@@ -249,22 +253,30 @@ def mlp_inner(
             num_warps=layout.warps,
             num_stages=layout.stages,
         )
-    if with_bias and num_tiles:
-        bias_dots_kernel[(num_tiles,)](
-            gradient,
-            order,
-            bias,
-            dots[num_columns],
-            tiles.experts,
-            tiles.starts,
-            tiles.ends,
-            num_rows,
-            num_experts,
-            hidden,
-            slots,
-            gradient.stride(0),
-            bias.stride(0),
-            ROWS=tiles.block_rows,
-            INNER=config.POINTWISE_COLUMNS,
-        )
-    return activated, dpre, dots.sum(0).view(routing_weights.shape) if want_dots else dots
+        if with_bias:
+            bias_dots_kernel[(num_tiles,)](
+                gradient,
+                order,
+                bias,
+                dots[num_columns],
+                tiles.experts,
+                tiles.starts,
+                tiles.ends,
+                num_rows,
+                num_experts,
+                hidden,
+                slots,
+                gradient.stride(0),
+                bias.stride(0),
+                ROWS=tiles.block_rows,
+                INNER=config.POINTWISE_COLUMNS,
+            )
+        return dots
+
+    kind = "interleaved inner" if form.interleaved else "inner"
+    if num_tiles * inner:
+        dots = launch(config.product_row(kind, num_rows, num_experts, pre.dtype), run)
+        dots = dots.sum(0)  # in the order of the blocks
+    else:
+        dots = torch.zeros((num_rows * want_dots,), dtype=torch.float32, device=pre.device)
+    return activated, dpre, dots.view(routing_weights.shape) if want_dots else dots

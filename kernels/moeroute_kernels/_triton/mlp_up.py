@@ -14,11 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from moeroute_kernels._triton import config
+from moeroute_kernels._triton.config import Tiles
 from moeroute_kernels._triton.form import DeviceForm
 from moeroute_kernels._triton.glu import activate
-from moeroute_kernels._triton.product import GROUP, place_of, product, tile_rows
-from moeroute_kernels._triton.source import weight_source
-from moeroute_kernels._triton.tiles import TileMap
+from moeroute_kernels._triton.product import GROUP, place_of, product
+from moeroute_kernels._triton.source import comes_whole, weight_source
+from moeroute_kernels._triton.tiles import TileMap, slots_of, tile_expert, tile_rows
+from moeroute_kernels._triton.tuning import launch
 
 
 @triton.jit
@@ -97,11 +99,11 @@ def mlp_up_kernel(
     GROUP: tl.constexpr,
 ):
     tile, block = place_of(num_tiles, num_columns, GROUP)
-    expert = tl.load(experts_ptr + tile).to(tl.int64)
-    if expert < 0:
+    expert = tile_expert(experts_ptr, starts_ptr, tile, E)
+    if (expert < 0) | (expert == E):
         return
     rows, inside = tile_rows(starts_ptr, ends_ptr, tile, expert, E, N, ROWS)
-    slot = tl.load(order_ptr + rows)
+    slot = slots_of(order_ptr, rows)
     wide, wide_inside, narrow, narrow_inside = split_columns(block, I, GATED, INTERLEAVED, COLUMNS)
     acc = product(
         x_ptr + (slot // slots)[:, None] * x_row,
@@ -150,7 +152,7 @@ def mlp_up(
     weight: Tensor,
     bias: Tensor | None,
     routing_weights: Tensor,
-    order: Tensor,
+    order: Tensor | None,
     tiles: TileMap,
     form: DeviceForm,
     *,
@@ -163,7 +165,7 @@ def mlp_up(
         weight: (E, 2I or I, H), any strides.
         bias: (E, 2I or I), last stride 1, or None.
         routing_weights: (T, K), contiguous.
-        order: (N,) int64, the flat slot of each row.
+        order: (N,) int64, the flat slot of each row; None if rows are slots.
         tiles: Which rows are whose.
         form: The activation.
         keep: Store the pre-activation.
@@ -173,53 +175,59 @@ def mlp_up(
         I); rows in no tile are not written.
     """
     num_experts, width, hidden = weight.shape
-    num_rows, slots = order.shape[0], routing_weights.shape[1]
+    num_rows, slots = routing_weights.numel(), routing_weights.shape[1]
     inner = width // 2 if form.gated else width
-    layout = config.row_tiles(num_rows, num_experts, x.dtype)
     pre = torch.empty((num_rows if keep else 0, width), dtype=x.dtype, device=x.device)
     out = torch.empty((num_rows, inner), dtype=x.dtype, device=x.device)
-    num_tiles, num_columns = tiles.experts.shape[0], triton.cdiv(width, layout.columns)
-    if not num_tiles * num_columns:
-        return pre, out
+    num_tiles = tiles.experts.shape[0]
     halves = 2 if form.gated and not form.interleaved else 1
-    weight_or_boxes, source = weight_source(weight, layout, halves)
-    mlp_up_kernel[(num_tiles * num_columns,)](
-        x,
-        order,
-        weight_or_boxes,
-        bias,
-        routing_weights,
-        pre,
-        out,
-        tiles.experts,
-        tiles.starts,
-        tiles.ends,
-        num_rows,
-        num_experts,
-        inner,
-        hidden,
-        num_tiles,
-        num_columns,
-        slots,
-        form.alpha,
-        form.limit,
-        x.stride(0),
-        *weight.stride(),
-        0 if bias is None else bias.stride(0),
-        **form.constants(),
-        INTERLEAVED=form.interleaved,
-        HAS_BIAS=bias is not None,
-        KEEP=keep,
-        ROWS=tiles.block_rows,
-        COLUMNS=layout.columns,
-        INNER=layout.inner,
-        EVEN=hidden % layout.inner == 0,
-        EVEN_COLUMNS=width % layout.columns == 0,
-        SWAPPED=layout.swapped,
-        UPCAST=config.upcast(x.dtype),
-        SOURCE=source,
-        GROUP=GROUP,
-        num_warps=layout.warps,
-        num_stages=layout.stages,
-    )
+
+    def run(layout: Tiles) -> None:
+        num_columns = triton.cdiv(width, layout.columns)
+        weight_or_boxes, source = weight_source(weight, layout, halves)
+        mlp_up_kernel[(num_tiles * num_columns,)](
+            x,
+            order,
+            weight_or_boxes,
+            bias,
+            routing_weights,
+            pre,
+            out,
+            tiles.experts,
+            tiles.starts,
+            tiles.ends,
+            num_rows,
+            num_experts,
+            inner,
+            hidden,
+            num_tiles,
+            num_columns,
+            slots,
+            form.alpha,
+            form.limit,
+            x.stride(0),
+            *weight.stride(),
+            0 if bias is None else bias.stride(0),
+            **form.constants(),
+            INTERLEAVED=form.interleaved,
+            HAS_BIAS=bias is not None,
+            KEEP=keep,
+            ROWS=tiles.block_rows,
+            COLUMNS=layout.columns,
+            INNER=layout.inner,
+            EVEN=hidden % layout.inner == 0,
+            EVEN_COLUMNS=width % layout.columns == 0,
+            SWAPPED=layout.swapped,
+            UPCAST=config.upcast(x.dtype),
+            SOURCE=source,
+            GROUP=GROUP,
+            num_warps=layout.warps,
+            num_stages=layout.stages,
+        )
+
+    if num_tiles * width:
+        # without a gate, the registers hold twice the activations: some of them spill
+        wide = not keep and form.gated and comes_whole(weight)
+        kind = "inference up" if wide else "up"
+        launch(config.product_row(kind, num_rows, num_experts, x.dtype), run)
     return pre, out

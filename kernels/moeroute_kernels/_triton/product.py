@@ -24,16 +24,6 @@ def place_of(num_tiles, num_columns, GROUP: tl.constexpr):
 
 
 @triton.jit
-def tile_rows(starts_ptr, ends_ptr, tile, expert, E, N, ROWS: tl.constexpr):
-    """Rows of a tile (int64), and whether each is the expert's; the others repeat the first."""
-    start = tl.load(starts_ptr + tile)
-    end = tl.load(ends_ptr + expert, mask=expert < E, other=N)
-    rows = start + tl.arange(0, ROWS)
-    inside = rows < end
-    return tl.where(inside, rows, start).to(tl.int64), inside
-
-
-@triton.jit
 def load_weight(
     w,
     expert,

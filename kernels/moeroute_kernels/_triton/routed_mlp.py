@@ -1,11 +1,14 @@
 """The routed MLP on the device: two products forward, four backward, nothing gathered into memory.
 
-The same sums as `moeroute_kernels.cpu_routed_mlp`, and the same tensors kept for backward.
+The same sums as `moeroute_kernels.cpu_routed_mlp`, and the same tensors kept for backward. Where
+nothing is kept, very few slots are not even sorted: three launches.
 
 Axes: T tokens, K slots per token, N = T * K rows, E experts, H hidden, I intermediate.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -16,7 +19,9 @@ from moeroute_kernels._triton.mlp_inner import mlp_inner
 from moeroute_kernels._triton.mlp_up import mlp_up
 from moeroute_kernels._triton.rows import mm_rows, tiles_for
 from moeroute_kernels._triton.sort import sort_and_tile
-from moeroute_kernels._triton.weights import mm_weights, sum_rows
+from moeroute_kernels._triton.source import comes_whole
+from moeroute_kernels._triton.tiles import TileMap, slot_tiles
+from moeroute_kernels._triton.weights import longest_first, mm_weights, sum_rows
 from moeroute_kernels.cpu_routed_mlp import Form, Saved, Weights
 from moeroute_kernels.cpu_routed_mlp_backward import Needs
 from moeroute_kernels.expert_sort import invert
@@ -33,14 +38,23 @@ def row_major_or_none(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else row_major(tensor)
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where the slots' rows lie.
+
+    Attributes:
+        order: (N,) int64, the flat slot of each row; None if rows are slots.
+        inverse: (N,) int64, the row of each flat slot; None with order.
+        tiles: Which rows are whose.
+    """
+
+    order: Tensor | None
+    inverse: Tensor | None
+    tiles: TileMap
+
+
 def forward(
-    x: Tensor,
-    weights: Weights,
-    ids: Tensor,
-    routing_weights: Tensor,
-    form: Form,
-    *,
-    keep: bool,
+    x: Tensor, weights: Weights, ids: Tensor, routing_weights: Tensor, form: Form
 ) -> tuple[Tensor, Saved]:
     """Compute the MLP; see `moeroute_kernels.cpu_routed_mlp.forward`.
 
@@ -50,31 +64,56 @@ def forward(
         ids: (T, K).
         routing_weights: (T, K).
         form: The kind of MLP.
-        keep: Keep the pre-activation for backward.
 
     Returns:
         (T, H) in the dtype of x, and what `backward` needs.
     """
-    num_rows, num_experts = ids.numel(), weights.gate_up.shape[0]
-    layout = config.row_tiles(num_rows, num_experts, x.dtype)
-    order, inverse, ends, tiles = sort_and_tile(ids, num_experts, layout.rows)
+    num_experts = weights.gate_up.shape[0]
+    block_rows = config.block_rows(ids.numel(), num_experts, x.dtype)
+    order, inverse, ends, tiles = sort_and_tile(ids, num_experts, block_rows)
+    out, pre = _through(x, weights, routing_weights, form, Plan(order, inverse, tiles), keep=True)
+    return out, Saved(pre, order, ends)
+
+
+def infer(x: Tensor, weights: Weights, ids: Tensor, routing_weights: Tensor, form: Form) -> Tensor:
+    """Compute the MLP and keep nothing; arguments and result as in `forward`."""
+    num_experts = weights.gate_up.shape[0]
+    block_rows = config.block_rows(ids.numel(), num_experts, x.dtype)
+    if config.sorting_pays(ids, num_experts):
+        order, inverse, _, tiles = sort_and_tile(ids, num_experts, block_rows)
+        plan = Plan(order, inverse, tiles)
+    else:
+        plan = Plan(None, None, slot_tiles(ids, block_rows))
+    return _through(x, weights, routing_weights, form, plan, keep=False)[0]
+
+
+def _through(
+    x: Tensor, weights: Weights, routing_weights: Tensor, form: Form, plan: Plan, *, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """Both products and the sum: the output, and the pre-activation if it is to be kept."""
     scale = routing_weights.contiguous()
-    bias = row_major_or_none(weights.gate_up_bias)
-    up_form = device_form(form)
     pre, activated = mlp_up(
-        row_major(x), weights.gate_up, bias, scale, order, tiles, up_form, keep=keep
+        row_major(x),
+        weights.gate_up,
+        row_major_or_none(weights.gate_up_bias),
+        scale,
+        plan.order,
+        plan.tiles,
+        device_form(form),
+        keep=keep,
     )
     bias = row_major_or_none(weights.down_bias)
     rows = mm_rows(
         activated,
         weights.down,
-        tiles,
-        num_rows=num_rows,
+        plan.tiles,
+        num_rows=activated.shape[0],
         bias=bias,
         scale=None if bias is None else scale,
-        order=order,
+        order=plan.order,
+        kind="rows" if keep or not comes_whole(weights.down) else "inference down",
     )
-    return combine(rows, inverse, ends, x.shape[0]), Saved(pre, order, ends)
+    return combine(rows, plan.inverse, plan.tiles.ends, x.shape[0]), pre
 
 
 def backward(
@@ -107,14 +146,17 @@ def backward(
     if needs.x:
         rows = mm_rows(dpre, weights.gate_up.transpose(1, 2), tiles, num_rows=num_rows)
         results.append(combine(rows, invert(order), ends, x.shape[0]))
-    if needs.gate_up:
-        out = empty_weight(weights.gate_up)
-        results.append(mm_weights(dpre, x, ends, out, index=order, slots=slots, gather="right"))
-    if needs.down:
-        out = empty_weight(weights.down)
-        results.append(
-            mm_weights(gradient, activated, ends, out, index=order, slots=slots, gather="left")
-        )
+    if needs.gate_up or needs.down:
+        turns = longest_first(ends)
+        where = {"index": order, "slots": slots}
+        if needs.gate_up:
+            out = empty_weight(weights.gate_up)
+            results.append(mm_weights(dpre, x, ends, turns, out, gather="right", **where))
+        if needs.down:
+            out = empty_weight(weights.down)
+            results.append(
+                mm_weights(gradient, activated, ends, turns, out, gather="left", **where)
+            )
     if needs.routing_weights:
         results.append(dots.to(routing_weights.dtype))
     if needs.gate_up_bias and weights.gate_up_bias is not None:

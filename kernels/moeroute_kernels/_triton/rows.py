@@ -14,9 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from moeroute_kernels._triton import config
-from moeroute_kernels._triton.product import GROUP, place_of, product, tile_rows
+from moeroute_kernels._triton.config import Tiles
+from moeroute_kernels._triton.product import GROUP, place_of, product
 from moeroute_kernels._triton.source import weight_source
-from moeroute_kernels._triton.tiles import TileMap, tile_map
+from moeroute_kernels._triton.tiles import TileMap, slots_of, tile_expert, tile_map, tile_rows
+from moeroute_kernels._triton.tuning import launch
 
 
 @triton.jit(do_not_specialize=["N", "num_tiles"])
@@ -56,7 +58,7 @@ def mm_rows_kernel(
     GROUP: tl.constexpr,
 ):
     tile, block = place_of(num_tiles, num_columns, GROUP)
-    expert = tl.load(experts_ptr + tile)
+    expert = tile_expert(experts_ptr, starts_ptr, tile, E)
     if expert < 0:
         return
     rows, inside = tile_rows(starts_ptr, ends_ptr, tile, expert, E, N, ROWS)
@@ -68,8 +70,7 @@ def mm_rows_kernel(
         return
     source = rows
     if GATHER:
-        source = tl.load(index_ptr + rows) // slots
-    expert = expert.to(tl.int64)
+        source = slots_of(index_ptr, rows) // slots
     acc = product(
         a_ptr + source[:, None] * a_row,
         w_ptr,
@@ -94,7 +95,7 @@ def mm_rows_kernel(
         bias = tl.load(bias_ptr + expert * bias_expert + columns, mask=columns < O, other=0.0)
         bias = bias.to(tl.float32)[None, :]
         if HAS_SCALE:
-            scale = tl.load(scale_ptr + tl.load(index_ptr + rows)).to(tl.float32)
+            scale = tl.load(scale_ptr + slots_of(index_ptr, rows)).to(tl.float32)
             bias = bias * scale[:, None]
         acc += bias
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
@@ -112,6 +113,7 @@ def mm_rows(
     scale: Tensor | None = None,
     order: Tensor | None = None,
     out: Tensor | None = None,
+    kind: str = "rows",
 ) -> Tensor:
     """Compute rows @ weight[expert].T (+ scale * bias[expert]).
 
@@ -124,8 +126,9 @@ def mm_rows(
         slots: See `index`.
         bias: (E, O), contiguous in O, or None.
         scale: (N,) factors of the bias, by flat slot, or None.
-        order: (N,) int64, the flat slot of each row; needed with scale.
+        order: (N,) int64, the flat slot of each row, read with scale; None if rows are slots.
         out: (N, O) contiguous, to write into.
+        kind: Key of `config.TABLE`.
 
     Returns:
         (N, O) in the dtype of rows.
@@ -133,51 +136,54 @@ def mm_rows(
     num_experts, outs, ins = weight.shape
     if out is None:
         out = torch.empty((num_rows, outs), dtype=rows.dtype, device=rows.device)
-    layout = config.row_tiles(num_rows, num_experts, rows.dtype)
-    num_tiles, num_columns = tiles.experts.shape[0], triton.cdiv(outs, layout.columns)
-    if not num_tiles * num_columns:
-        return out
+    num_tiles = tiles.experts.shape[0]
     slot_of_row = index if index is not None else order
-    weight_or_boxes, source = weight_source(weight, layout)
-    mm_rows_kernel[(num_tiles * num_columns,)](
-        rows,
-        slot_of_row,
-        weight_or_boxes,
-        bias,
-        scale,
-        out,
-        tiles.experts,
-        tiles.starts,
-        tiles.ends,
-        num_rows,
-        num_experts,
-        outs,
-        ins,
-        num_tiles,
-        num_columns,
-        slots,
-        rows.stride(0),
-        *weight.stride(),
-        0 if bias is None else bias.stride(0),
-        GATHER=index is not None,
-        HAS_BIAS=bias is not None,
-        HAS_SCALE=scale is not None,
-        ROWS=tiles.block_rows,
-        COLUMNS=layout.columns,
-        INNER=layout.inner,
-        EVEN=ins % layout.inner == 0,
-        EVEN_COLUMNS=outs % layout.columns == 0,
-        SWAPPED=layout.swapped,
-        UPCAST=config.upcast(rows.dtype),
-        SOURCE=source,
-        GROUP=GROUP,
-        num_warps=layout.warps,
-        num_stages=layout.stages,
-    )
+
+    def run(layout: Tiles) -> None:
+        num_columns = triton.cdiv(outs, layout.columns)
+        weight_or_boxes, source = weight_source(weight, layout)
+        mm_rows_kernel[(num_tiles * num_columns,)](
+            rows,
+            slot_of_row,
+            weight_or_boxes,
+            bias,
+            scale,
+            out,
+            tiles.experts,
+            tiles.starts,
+            tiles.ends,
+            num_rows,
+            num_experts,
+            outs,
+            ins,
+            num_tiles,
+            num_columns,
+            slots,
+            rows.stride(0),
+            *weight.stride(),
+            0 if bias is None else bias.stride(0),
+            GATHER=index is not None,
+            HAS_BIAS=bias is not None,
+            HAS_SCALE=scale is not None,
+            ROWS=tiles.block_rows,
+            COLUMNS=layout.columns,
+            INNER=layout.inner,
+            EVEN=ins % layout.inner == 0,
+            EVEN_COLUMNS=outs % layout.columns == 0,
+            SWAPPED=layout.swapped,
+            UPCAST=config.upcast(rows.dtype),
+            SOURCE=source,
+            GROUP=GROUP,
+            num_warps=layout.warps,
+            num_stages=layout.stages,
+        )
+
+    if num_tiles * outs:
+        launch(config.product_row(kind, num_rows, num_experts, rows.dtype), run)
     return out
 
 
 def tiles_for(ends: Tensor, num_rows: int, dtype: torch.dtype, *, tail: bool = False) -> TileMap:
     """The tile map that every product of these rows shares."""
-    layout = config.row_tiles(num_rows, ends.shape[0], dtype)
-    return tile_map(ends, num_rows, layout.rows, tail=tail)
+    block_rows = config.block_rows(num_rows, ends.shape[0], dtype)
+    return tile_map(ends, num_rows, block_rows, tail=tail)

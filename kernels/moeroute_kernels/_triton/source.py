@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moeroute_kernels._triton.config import Tiles
+from moeroute_kernels._triton.config import ROW_TILES, WHOLE_STEP, Tiles
 
 POINTERS, ROWS, COLUMNS = 0, 1, 2
 """By pointers; by TMA from rows along the summed axis, or from rows along the columns."""
@@ -51,6 +51,16 @@ def weight_source(weight: Tensor, tiles: Tiles, halves: int = 1) -> tuple[Any, i
     if min(strides) <= 0 or any(number % ALIGNMENT for number in numbers):
         return weight, POINTERS
     return TensorDescriptor(weight, shape, strides, box), source
+
+
+def comes_whole(weight: Tensor) -> bool:
+    """Tell whether a weight comes by TMA and in whole steps: no pointers and no masks to hold.
+
+    Args:
+        weight: (E, O, I), any strides; the sum is over I.
+    """
+    whole = weight.shape[2] % WHOLE_STEP == 0
+    return whole and weight_source(weight, ROW_TILES["many", HALF_BYTES])[1] != POINTERS
 
 
 def _has_tma() -> bool:

@@ -2,6 +2,7 @@
 
 A tile never spans two experts. Their number depends on the routing, so the map has as many entries
 as there can be at most, which the host knows; the surplus says -1 and its programs return at once.
+Very few slots are not sorted at all: each is a tile of one row, and the ids are the map.
 
 Axes: N rows, E experts.
 """
@@ -24,15 +25,16 @@ class TileMap:
     """One entry a tile.
 
     Attributes:
-        experts: (M,) int32, the expert; E for rows of empty slots, -1 for no tile.
-        starts: (M,) int32, the first row.
-        ends: (E,) int32, the inclusive ends of the experts' rows.
+        experts: (M,) int32, the expert; E for rows of empty slots, -1 for no tile. Without starts,
+            (N,) ids of any integer dtype, one a row; those outside [0, E) are empty slots.
+        starts: (M,) int32, the first row; None if tile m is row m alone.
+        ends: (E,) int32, the inclusive ends of the experts' rows; None with starts.
         block_rows: Most rows of a tile.
     """
 
     experts: Tensor
-    starts: Tensor
-    ends: Tensor
+    starts: Tensor | None
+    ends: Tensor | None
     block_rows: int
 
 
@@ -103,3 +105,45 @@ def tile_map(ends: Tensor, num_rows: int, block_rows: int, *, tail: bool = False
             MAP_BLOCK,
         )
     return TileMap(experts, starts, ends, block_rows)
+
+
+def slot_tiles(ids: Tensor, block_rows: int) -> TileMap:
+    """Make every slot a tile of its own, in the order of the slots: no launch.
+
+    Args:
+        ids: (T, K) integers; anything outside [0, E) is an empty slot.
+        block_rows: Rows of the kernels' tiles, of which one is used.
+    """
+    return TileMap(ids.reshape(-1), None, None, block_rows)
+
+
+@triton.jit
+def tile_expert(experts_ptr, starts_ptr, tile, E):
+    """The expert of a tile (int64): E for rows of empty slots, negative for no tile."""
+    expert = tl.load(experts_ptr + tile).to(tl.int64)
+    if starts_ptr is None:
+        expert = tl.where((expert >= 0) & (expert < E), expert, E)
+    return expert
+
+
+@triton.jit
+def tile_rows(starts_ptr, ends_ptr, tile, expert, E, N, ROWS: tl.constexpr):
+    """Rows of a tile (int64), and whether each is the expert's; the others repeat the first."""
+    if starts_ptr is None:
+        start = tile
+        end = tile + 1
+    else:
+        start = tl.load(starts_ptr + tile)
+        end = tl.load(ends_ptr + expert, mask=expert < E, other=N)
+    rows = start + tl.arange(0, ROWS)
+    inside = rows < end
+    return tl.where(inside, rows, start).to(tl.int64), inside
+
+
+@triton.jit
+def slots_of(order_ptr, rows):
+    """The flat slot of each row; without an order, rows are slots."""
+    slots = rows
+    if order_ptr is not None:
+        slots = tl.load(order_ptr + rows)
+    return slots

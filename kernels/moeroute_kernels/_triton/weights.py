@@ -11,9 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from moeroute_kernels._triton import config
+from moeroute_kernels._triton.config import Tiles
+from moeroute_kernels._triton.tuning import launch
 
 SUM_ROWS = 64
 SUM_COLUMNS = 128
+RANK_BLOCK = 32
+RANK_STEP = 256
 
 
 @triton.jit
@@ -21,6 +25,46 @@ def expert_range(ends_ptr, expert):
     """First and last row (exclusive) of an expert."""
     start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
     return start, tl.load(ends_ptr + expert)
+
+
+@triton.jit
+def longest_first_kernel(ends_ptr, turns_ptr, E, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """Each expert's place is the number of experts that come before it; of equals, the lower id."""
+    mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = mine < E
+    rows = rows_of(ends_ptr, mine, inside)
+    place = tl.zeros((BLOCK,), dtype=tl.int32)
+    for first in range(0, E, STEP):
+        other = first + tl.arange(0, STEP)
+        others = rows_of(ends_ptr, other, other < E)[None, :]
+        earlier = (others == rows[:, None]) & (other[None, :] < mine[:, None])
+        before = ((others > rows[:, None]) | earlier) & (other < E)[None, :]
+        place += tl.sum(before.to(tl.int32), 1)
+    tl.store(turns_ptr + place, mine, mask=inside)
+
+
+@triton.jit
+def rows_of(ends_ptr, experts, inside):
+    """How many rows each expert has."""
+    start = tl.load(ends_ptr + experts - 1, mask=inside & (experts > 0), other=0)
+    return tl.load(ends_ptr + experts, mask=inside, other=0) - start
+
+
+def longest_first(ends: Tensor) -> Tensor:
+    """The experts by their number of rows, longest first, in one launch: (E,) int32.
+
+    A long expert that starts last leaves the device waiting for it; one that starts first has the
+    others for company.
+
+    Args:
+        ends: (E,) int32, inclusive ends.
+    """
+    turns = torch.empty_like(ends)
+    num_experts = ends.shape[0]
+    if num_experts:
+        grid = (triton.cdiv(num_experts, RANK_BLOCK),)
+        longest_first_kernel[grid](ends, turns, num_experts, RANK_BLOCK, RANK_STEP)
+    return turns
 
 
 @triton.jit
@@ -40,6 +84,7 @@ def mm_weights_kernel(
     index_ptr,
     out_ptr,
     ends_ptr,
+    turns_ptr,
     O,
     I,
     slots,
@@ -56,7 +101,7 @@ def mm_weights_kernel(
     UPCAST: tl.constexpr,
 ):
     in_blocks = tl.cdiv(I, IN_TILE)
-    expert = tl.program_id(1).to(tl.int64)
+    expert = tl.load(turns_ptr + tl.program_id(1)).to(tl.int64)
     block = tl.program_id(0)
     outs = (block // in_blocks) * OUT_TILE + tl.arange(0, OUT_TILE)
     ins = (block % in_blocks) * IN_TILE + tl.arange(0, IN_TILE)
@@ -75,7 +120,8 @@ def mm_weights_kernel(
             left = left.to(tl.float32)
             right = right.to(tl.float32)
         acc = tl.dot(tl.trans(left), right, acc, input_precision="ieee")
-    at = expert * out_expert + outs.to(tl.int64)[:, None] * out_out + ins[None, :] * out_in
+    at = expert * out_expert + outs.to(tl.int64)[:, None] * out_out
+    at += ins.to(tl.int64)[None, :] * out_in
     mask = (outs < O)[:, None] & (ins < I)[None, :]
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -84,6 +130,7 @@ def mm_weights(
     left: Tensor,
     right: Tensor,
     ends: Tensor,
+    turns: Tensor,
     out: Tensor,
     *,
     index: Tensor | None = None,
@@ -96,6 +143,7 @@ def mm_weights(
         left: (N, O), or (T, O) if gathered; last stride 1.
         right: (N, I), or (T, I) if gathered, the dtype of left; last stride 1.
         ends: (E,) int32, inclusive ends.
+        turns: (E,) int32, the experts in the order in which they start; see `longest_first`.
         out: (E, O, I), any strides that do not overlap.
         index: (N,) int64; a gathered row r is index[r] // slots.
         slots: See `index`.
@@ -105,31 +153,34 @@ def mm_weights(
         `out`.
     """
     num_experts, outs, ins = out.shape
-    layout = config.weight_tiles(left.dtype, gathered=bool(gather))
-    blocks = triton.cdiv(outs, layout.rows) * triton.cdiv(ins, layout.columns)
-    if not blocks * num_experts:
-        return out
-    mm_weights_kernel[(blocks, num_experts)](
-        left,
-        right,
-        index,
-        out,
-        ends,
-        outs,
-        ins,
-        slots,
-        left.stride(0),
-        right.stride(0),
-        *out.stride(),
-        LEFT_GATHER=gather == "left",
-        RIGHT_GATHER=gather == "right",
-        OUT_TILE=layout.rows,
-        IN_TILE=layout.columns,
-        ROWS=layout.inner,
-        UPCAST=config.upcast(left.dtype),
-        num_warps=layout.warps,
-        num_stages=layout.stages,
-    )
+
+    def run(layout: Tiles) -> None:
+        blocks = triton.cdiv(outs, layout.rows) * triton.cdiv(ins, layout.columns)
+        mm_weights_kernel[(blocks, num_experts)](
+            left,
+            right,
+            index,
+            out,
+            ends,
+            turns,
+            outs,
+            ins,
+            slots,
+            left.stride(0),
+            right.stride(0),
+            *out.stride(),
+            LEFT_GATHER=gather == "left",
+            RIGHT_GATHER=gather == "right",
+            OUT_TILE=layout.rows,
+            IN_TILE=layout.columns,
+            ROWS=layout.inner,
+            UPCAST=config.upcast(left.dtype),
+            num_warps=layout.warps,
+            num_stages=layout.stages,
+        )
+
+    if out.numel():
+        launch(config.weights_row(left.dtype, gathered=bool(gather)), run)
     return out
 
 

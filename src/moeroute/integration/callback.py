@@ -16,7 +16,8 @@ from moeroute.integration.doctor import has_aux_losses, reentrant_modules
 from moeroute.integration.plot import check_plot
 from moeroute.integration.statistics import means
 from moeroute.integration.track import track_routing
-from moeroute.layers.routed import routing_passes
+from moeroute.layers.routed import routed_layers, routing_passes
+from moeroute.losses.policy_gradient import NeedsCopies
 from moeroute.losses.total import total_loss
 
 if TYPE_CHECKING:
@@ -164,7 +165,9 @@ class RoutingCallback(TrainerCallback):
 
 
 def _check_losses_arrive(model: nn.Module, args: TrainingArguments) -> None:
-    if not has_aux_losses(model):
+    ours = [loss for _, layer in routed_layers(model) for loss in layer.losses]
+    by_policy_gradient = ours and all(isinstance(loss, NeedsCopies) for loss in ours)
+    if by_policy_gradient or not has_aux_losses(model):  # the former checks for itself
         return
     if args.label_smoothing_factor > 0:
         raise ValueError(

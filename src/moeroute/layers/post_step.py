@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Protocol, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from moeroute.ops.ranks import sum_over_ranks as sum_over_ranks
 from moeroute.types import RoutingRecord
 
 
@@ -58,11 +59,3 @@ def post_step(model: nn.Module) -> None:
     for module in model.modules():
         if is_stateful(module):
             module.post_step()
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of a tensor over all data-parallel ranks; the tensor itself if there is one rank."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        values = values.clone()
-        torch.distributed.all_reduce(values)
-    return values

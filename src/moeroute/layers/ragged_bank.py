@@ -26,6 +26,8 @@ class RaggedLoRABank(nn.Module):
         in_features: Width of x.
         out_features: Width of base and y.
         lora_dropout: Probability of zeroing an element of x, in training.
+        trainable: Whether `lora_a` and `lora_b` are parameters; else they are buffers, which are
+            saved and moved likewise but which no optimizer sees.
 
     Shapes:
         lora_a: (R, in_features) with R the sum of ranks, uniform in +-1/sqrt(in_features).
@@ -35,6 +37,8 @@ class RaggedLoRABank(nn.Module):
         ValueError: No expert, a negative rank, or as many scalings as there are no ranks.
     """
 
+    lora_a: Tensor
+    lora_b: Tensor
     expert_of_rank: Tensor
     scaling_of_rank: Tensor
 
@@ -46,6 +50,7 @@ class RaggedLoRABank(nn.Module):
         in_features: int,
         out_features: int,
         lora_dropout: float = 0.0,
+        trainable: bool = True,
     ) -> None:
         super().__init__()
         if not ranks or min(ranks) < 0 or len(ranks) != len(scalings):
@@ -56,8 +61,15 @@ class RaggedLoRABank(nn.Module):
         self.ranks = tuple(ranks)
         self.num_experts = len(ranks)
         self.dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
-        self.lora_a = nn.Parameter(torch.empty(sum(ranks), in_features))
-        self.lora_b = nn.Parameter(torch.empty(out_features, sum(ranks)))
+        weights = {
+            "lora_a": torch.empty(sum(ranks), in_features),
+            "lora_b": torch.empty(out_features, sum(ranks)),
+        }
+        for name, weight in weights.items():
+            if trainable:
+                self.register_parameter(name, nn.Parameter(weight))
+            else:
+                self.register_buffer(name, weight)
         counts = torch.tensor(self.ranks)
         expert = torch.arange(self.num_experts).repeat_interleave(counts)
         scaling = torch.tensor([float(value) for value in scalings])
@@ -75,6 +87,19 @@ class RaggedLoRABank(nn.Module):
         """Where an expert's ranks lie: rows of lora_a, columns of lora_b."""
         start = sum(self.ranks[:index])
         return slice(start, start + self.ranks[index])
+
+    @torch.no_grad()
+    def set_expert(self, index: int, lora_a: Tensor, lora_b: Tensor) -> None:
+        """Give an expert its weights.
+
+        Args:
+            index: Of the expert.
+            lora_a: (ranks[index], in_features).
+            lora_b: (out_features, ranks[index]).
+        """
+        own = self.expert(index)
+        self.lora_a[own].copy_(lora_a)
+        self.lora_b[:, own].copy_(lora_b)
 
     def forward(
         self, base: Tensor, x: Tensor, selected_experts: Tensor, routing_weights: Tensor

@@ -2,8 +2,16 @@
 
 from moeroute.losses.balance import BalanceLoss as BalanceLoss
 from moeroute.losses.importance import ImportanceLoss as ImportanceLoss
+from moeroute.losses.policy_gradient import rloo_surrogate as rloo_surrogate
 from moeroute.losses.total import LossReport as LossReport
 from moeroute.losses.total import total_loss as total_loss
 from moeroute.losses.z import ZLoss as ZLoss
 
-__all__ = ["BalanceLoss", "ImportanceLoss", "LossReport", "ZLoss", "total_loss"]
+__all__ = [
+    "BalanceLoss",
+    "ImportanceLoss",
+    "LossReport",
+    "ZLoss",
+    "rloo_surrogate",
+    "total_loss",
+]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 
-class LoRAFields(Protocol):
-    """The fields that every mixture of LoRA has."""
+class AdapterFields(Protocol):
+    """The fields that every method of LoRA has."""
 
     @property
     def r(self) -> int:
@@ -18,10 +18,18 @@ class LoRAFields(Protocol):
         """Dropout on the experts' input."""
         ...
 
+
+class ExpertFields(AdapterFields, Protocol):
+    """The fields of a mixture that has a number of experts."""
+
     @property
     def num_experts(self) -> int:
         """Experts per site."""
         ...
+
+
+class BalancedFields(Protocol):
+    """The field of a method with a balance loss."""
 
     @property
     def router_aux_loss_coef(self) -> float:
@@ -29,25 +37,66 @@ class LoRAFields(Protocol):
         ...
 
 
-def check_lora_fields(method: LoRAFields) -> None:
+class LoRAFields(ExpertFields, BalancedFields, Protocol):
+    """The fields of a mixture with a balance loss."""
+
+
+def check_adapter_fields(method: AdapterFields) -> None:
     """Raise ValueError naming the field, the value seen and what is allowed."""
     name = type(method).__name__
-    for field, value in (("r", method.r), ("num_experts", method.num_experts)):
-        if value < 1:
-            raise ValueError(f"{name}: {field}={value} is below 1; set {field} to at least 1")
+    if method.r < 1:
+        raise ValueError(f"{name}: r={method.r} is below 1; set r to at least 1")
     if not 0.0 <= method.lora_dropout < 1.0:
         raise ValueError(f"{name}: lora_dropout={method.lora_dropout} is outside [0, 1)")
-    if method.router_aux_loss_coef < 0.0:
+
+
+def check_expert_fields(method: ExpertFields) -> None:
+    """As `check_adapter_fields`, and the number of experts."""
+    check_adapter_fields(method)
+    if method.num_experts < 1:
         raise ValueError(
-            f"{name}: router_aux_loss_coef={method.router_aux_loss_coef} would reward imbalance; "
-            "use 0 or more"
+            f"{type(method).__name__}: num_experts={method.num_experts} is below 1; set "
+            "num_experts to at least 1"
         )
 
 
-def check_top_k(method: LoRAFields, slots: int) -> None:
+def check_lora_fields(method: LoRAFields) -> None:
+    """As `check_expert_fields`, and the weight of the balance loss."""
+    check_expert_fields(method)
+    check_balance_weight(method)
+
+
+def check_balance_weight(method: BalancedFields) -> None:
+    """Raise ValueError if the weight of the balance loss is negative."""
+    if method.router_aux_loss_coef < 0.0:
+        raise ValueError(
+            f"{type(method).__name__}: router_aux_loss_coef={method.router_aux_loss_coef} would "
+            "reward imbalance; use 0 or more"
+        )
+
+
+def check_top_k(method: ExpertFields, slots: int) -> None:
     """Raise ValueError unless 1 <= slots <= num_experts."""
     if not 1 <= slots <= method.num_experts:
         raise ValueError(
             f"{type(method).__name__}: top_k={slots} is outside 1..{method.num_experts} "
             f"(num_experts={method.num_experts}); lower top_k or raise num_experts"
+        )
+
+
+class TaskFields(Protocol):
+    """The field of a method that routes by task."""
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks there are."""
+        ...
+
+
+def check_tasks(method: TaskFields) -> None:
+    """Raise ValueError unless there is a task."""
+    if method.num_tasks < 1:
+        raise ValueError(
+            f"{type(method).__name__}: num_tasks={method.num_tasks} is below 1; set num_tasks to "
+            "at least 1"
         )

@@ -6,13 +6,37 @@ import difflib
 from dataclasses import asdict, fields
 from typing import Any
 
+from moeroute.methods.adamole import AdaMoLE
+from moeroute.methods.arrow import Arrow
+from moeroute.methods.dynmole import DynMoLE
+from moeroute.methods.hydralora import HydraLoRA
+from moeroute.methods.loramoe import LoRAMoE
+from moeroute.methods.mhr import MHR
 from moeroute.methods.mixlora import MixLoRA
+from moeroute.methods.moelora import MOELoRA
+from moeroute.methods.mola import MoLA
 from moeroute.methods.molora import MoLoRA
+from moeroute.methods.phatgoose import PHATGOOSE
+from moeroute.methods.poly import Poly
+from moeroute.methods.remix import ReMix
+from moeroute.methods.smora import SMoRA
 from moeroute.types import Method
 
 METHODS: dict[str, type[Method]] = {
+    "adamole": AdaMoLE,
+    "arrow": Arrow,
+    "dynmole": DynMoLE,
+    "hydralora": HydraLoRA,
+    "loramoe": LoRAMoE,
+    "mhr": MHR,
     "mixlora": MixLoRA,
+    "moelora": MOELoRA,
+    "mola": MoLA,
     "molora": MoLoRA,
+    "phatgoose": PHATGOOSE,
+    "poly": Poly,
+    "remix": ReMix,
+    "smora": SMoRA,
 }
 
 

@@ -5,9 +5,12 @@ Axes: B samples, S tokens of a sample, T = B * S, H hidden, E experts, D width o
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from moeroute.ops.task_ids import check_task_range
 from moeroute.types import RouterInput, RouterOutput
 
 
@@ -38,21 +41,8 @@ def require_task_ids(router_input: RouterInput, num_tasks: int, who: str) -> Ten
             f"{who}: task_ids is {tuple(task_ids.shape)} {task_ids.dtype}; give one integer a "
             "sample"
         )
-    _check_range(task_ids, num_tasks, who)
+    check_task_range(task_ids, num_tasks, who)
     return task_ids.to(router_input.hidden_states.device, torch.int64)
-
-
-def _check_range(task_ids: Tensor, num_tasks: int, who: str) -> None:
-    inside = ((task_ids >= 0) & (task_ids < num_tasks)).all()
-    if torch.compiler.is_compiling() or task_ids.device.type != "cpu":
-        message = f"{who}: a task id is outside 0..{num_tasks - 1}"
-        torch._assert_async(inside, message)  # pyright: ignore[reportPrivateImportUsage]
-    elif not inside:
-        seen = f"{int(task_ids.min())}..{int(task_ids.max())}"
-        raise ValueError(
-            f"{who}: task_ids are in {seen} but it knows {num_tasks} tasks, 0..{num_tasks - 1}; "
-            "build it with more tasks, or map the ids"
-        )
 
 
 def sample_means(router_input: RouterInput) -> Tensor:
@@ -77,9 +67,12 @@ def to_tokens(values: Tensor, sequence_shape: tuple[int, int]) -> Tensor:
 
 
 def output_to_tokens(output: RouterOutput, sequence_shape: tuple[int, int]) -> RouterOutput:
-    """A routing of B samples as one of their T tokens."""
-    return RouterOutput(
+    """A routing of B samples as one of their T tokens; what a subclass adds stays one a sample."""
+    return replace(
+        output,
         router_logits=to_tokens(output.router_logits, sequence_shape),
         routing_weights=to_tokens(output.routing_weights, sequence_shape),
         selected_experts=to_tokens(output.selected_experts, sequence_shape),
+        max_assignments=None,
+        state=None,
     )

@@ -5,6 +5,7 @@ Axes: T tokens, H hidden, E experts.
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -35,7 +36,8 @@ class LinearScore(nn.Module):
         compute_dtype: What the product is computed in, under autocast too. None: float32, or wider
             if tokens or weight are. A dtype: that one, for checkpoints whose gate computes in the
             model's dtype (torch.bfloat16, say).
-        init_std: Standard deviation of the normal initialisation.
+        init_std: Standard deviation of the normal initialisation; None: uniform in +-1/sqrt(H), as
+            `nn.Linear` starts.
 
     Shapes:
         weight: (E, H); bias: (E,), zero at first.
@@ -54,7 +56,7 @@ class LinearScore(nn.Module):
         *,
         bias: bool = False,
         compute_dtype: torch.dtype | None = None,
-        init_std: float = 0.02,
+        init_std: float | None = 0.02,
     ) -> None:
         super().__init__()
         _check_sizes(in_features, num_experts)
@@ -67,8 +69,11 @@ class LinearScore(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weight normal with `init_std`, bias zero."""
-        nn.init.normal_(self.weight, std=self.init_std)
+        """Weight normal with `init_std` or uniform without, bias zero."""
+        if self.init_std is None:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        else:
+            nn.init.normal_(self.weight, std=self.init_std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

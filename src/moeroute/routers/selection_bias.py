@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from moeroute.ops.load import tokens_per_expert
+from moeroute.ops.ranks import sum_over_ranks
+from moeroute.types import RoutingRecord
+
+FORWARDS_WITHOUT_A_STEP = 100
 
 
 class SelectionBias(nn.Module):
@@ -18,11 +25,16 @@ class SelectionBias(nn.Module):
 
     The bias is a persistent buffer, not a parameter: no gradient and no weight decay reach it. It
     stays float32 when the model is cast (`.to(torch.bfloat16)`, `.half()`), because a step of 1e-3
-    is lost in bfloat16. Nothing updates it by itself: forward never changes it.
+    is lost in bfloat16.
+
+    Forward never changes it. A routed layer shows it every training forward, whose real tokens it
+    counts; `moeroute.post_step(model)` then moves it once an optimizer step by the counts of all
+    accumulated batches and ranks. The counts of an unfinished step are no buffer, because DDP
+    overwrites the buffers of every rank with those of the first.
 
     Args:
         num_experts: E, at least 1.
-        update_rate: Step of one update, in units of probability.
+        update_rate: Step of one update, in units of probability; 0 keeps the bias as it is.
 
     Shapes:
         e_score_correction_bias: (E,) float32, zero at first; the name that checkpoints use.
@@ -30,9 +42,13 @@ class SelectionBias(nn.Module):
     Raises:
         ValueError: num_experts is below 1.
 
+    Warns:
+        UserWarning: After 100 training forwards without a step, once.
+
     Example:
-        >>> counts = tokens_per_expert(routing.selected_experts, 8)  # summed over ranks if several
-        >>> router.select.selection_bias.update(counts)  # after optimizer.step()
+        >>> model(**batch).loss.backward()
+        >>> optimizer.step()
+        >>> moeroute.post_step(model)
     """
 
     e_score_correction_bias: Tensor
@@ -44,14 +60,40 @@ class SelectionBias(nn.Module):
         self.update_rate = update_rate
         zeros = torch.zeros(num_experts, dtype=torch.float32)
         self.register_buffer("e_score_correction_bias", zeros)
+        self._counts: Tensor | None = None
+        self._forwards = 0
 
     def forward(self, router_probs: Tensor) -> Tensor:
         """(T, E) probabilities to (T, E) choosing scores."""
         return router_probs + self.e_score_correction_bias
 
+    def observe(self, record: RoutingRecord) -> None:
+        """Count the real tokens of one training forward by expert."""
+        if not self.update_rate:
+            return
+        size = self.e_score_correction_bias.shape[0]
+        counts = tokens_per_expert(record.routing.selected_experts, size, record.token_mask)
+        waiting = self._counts
+        self._counts = counts if waiting is None else waiting.to(counts.device) + counts
+        if not torch.compiler.is_compiling():  # a number that changes would compile anew each time
+            self._forwards += 1
+            if self._forwards == FORWARDS_WITHOUT_A_STEP:
+                _warn_of_no_step()
+
+    def post_step(self) -> None:
+        """Move by everything counted since the last step, over all ranks; forget the counts."""
+        if not self.update_rate:
+            return
+        counts = self._counts
+        if counts is None:  # other ranks may have counted
+            counts = torch.zeros_like(self.e_score_correction_bias, dtype=torch.int64)
+        self.update(sum_over_ranks(counts.to(self.e_score_correction_bias.device)))
+
     @torch.no_grad()
     def update(self, tokens_per_expert: Tensor) -> None:
-        """Lower the bias of experts above the mean load and raise it below; call once a step.
+        """Lower the bias of experts above the mean load and raise it below.
+
+        For those who count themselves; what `observe` has counted is forgotten.
 
         Args:
             tokens_per_expert: (E,) counts over everything since the last update: all ranks, all
@@ -67,6 +109,7 @@ class SelectionBias(nn.Module):
             )
         counts = tokens_per_expert.to(self.e_score_correction_bias)
         self.e_score_correction_bias += self.update_rate * torch.sign(counts.mean() - counts)
+        self._counts, self._forwards = None, 0
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
@@ -80,3 +123,13 @@ class SelectionBias(nn.Module):
         if moved.dtype != kept.dtype:
             self.e_score_correction_bias = kept.to(moved.device)
         return self
+
+
+def _warn_of_no_step() -> None:
+    warnings.warn(
+        f"{FORWARDS_WITHOUT_A_STEP} training forwards were counted and nothing has moved a "
+        "selection bias by them. Call moeroute.post_step(model) after every optimizer.step(), or "
+        "add moeroute.PostStepCallback() to Trainer's callbacks; SelectionBias(update_rate=0) "
+        "keeps the bias as it is",
+        stacklevel=2,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from moeroute.integration.adapters.root_hooks import take_samples
@@ -12,7 +13,7 @@ from moeroute.layers.routed import routing_passes
 from moeroute.routing_pass import SampleInputs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from peft import PeftModel
 
@@ -85,3 +86,28 @@ def accept_routing_inputs(model: PeftModel) -> PeftModel:
     if not any(isinstance(hook, TakeSamples) for hook in model._forward_pre_hooks.values()):
         model.register_forward_pre_hook(TakeSamples(), with_kwargs=True)
     return model
+
+
+def expert_ids(model: PeftModel, names: Sequence[str], *, adapter_name: str = "default") -> Tensor:
+    """The task ids of samples that belong to adapters, by the names that `mix_adapters` was given.
+
+    Args:
+        model: What `mix_adapters` returned, or what PEFT loaded of it.
+        names: One adapter's name a sample.
+        adapter_name: The mixture's name.
+
+    Returns:
+        (B,) int64.
+
+    Raises:
+        ValueError: The mixture has no adapter of such a name, or is none of existing adapters.
+    """
+    method = model.peft_config[adapter_name].build_method()  # pyright: ignore[reportAttributeAccessIssue]
+    known = [expert.name for expert in getattr(method, "experts", ())]
+    strange = [name for name in names if name not in known]
+    if strange:
+        raise ValueError(
+            f"{type(method).__name__} mixes {known or 'no adapters that exist'}, so no sample "
+            f"belongs to {strange[0]!r}"
+        )
+    return torch.tensor([known.index(name) for name in names], dtype=torch.int64)

@@ -1,0 +1,70 @@
+"""What the library promises about LoRA: a whole mixture, and LoRA on the matrices of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.floors import Row, Verdict, all_above, all_within, noise
+from benchmarks.shapes import EXPERT_LORA_DECODE_SHAPE, EXPERT_LORA_FLOOR_CASES
+
+__all__ = ["judge_lora"]
+
+MIXTURE_OF_LORA = 1.3
+MIXTURE_OF_LOOP = 0.5
+REBUILT_SPEEDUP = 2.0
+DECODE_SPEEDUP = 8.0
+
+
+def judge_lora(rows: Sequence[Row]) -> list[Verdict]:
+    """Judge the promises about LoRA.
+
+    Args:
+        rows: Of one run.
+    """
+    return [*_mixture(rows), *_expert_lora(rows)]
+
+
+def _mixture(rows: Sequence[Row]) -> list[Verdict]:
+    """A whole mixture over one linear against plain LoRA of its rank, and a loop over experts."""
+    own = [row for row in rows if row.key[:2] == ("lora_mixture", "fwd_bwd")]
+    limits = {"peft_lora": MIXTURE_OF_LORA, "masked_loop": MIXTURE_OF_LOOP}
+    return [
+        all_within(
+            f"lora_mixture, fwd_bwd <= {limit:.2f} of {peer}",
+            {row.label: ratio for row in own if (ratio := row.over(peer)) is not None},
+            limit,
+            noise(rows),
+        )
+        for peer, limit in limits.items()
+    ]
+
+
+def _expert_lora(rows: Sequence[Row]) -> list[Verdict]:
+    """LoRA on experts against the stack that is rebuilt with every delta."""
+    trained = {
+        row.label: 1 / ratio
+        for row in rows
+        if row.key[:2] == ("grouped_lora", "fwd_bwd")
+        and row.key[2:4] in EXPERT_LORA_FLOOR_CASES
+        and (ratio := row.over("rebuilt"))
+    }
+    decoded = {
+        row.label: 1 / ratio
+        for row in rows
+        if row.key[:4] == ("grouped_lora", "fwd", EXPERT_LORA_DECODE_SHAPE, 1)
+        and (ratio := row.over("rebuilt"))
+    }
+    few = max(tokens for _, tokens in EXPERT_LORA_FLOOR_CASES)
+    return [
+        all_above(
+            f"grouped_lora, fwd_bwd at T <= {few}: >= {REBUILT_SPEEDUP:.0f}x the rebuilt stack",
+            trained,
+            REBUILT_SPEEDUP,
+        ),
+        all_above(
+            f"grouped_lora, fwd of one token at {EXPERT_LORA_DECODE_SHAPE}: "
+            f">= {DECODE_SPEEDUP:.0f}x the rebuilt stack",
+            decoded,
+            DECODE_SPEEDUP,
+        ),
+    ]
