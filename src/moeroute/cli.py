@@ -167,8 +167,8 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            help="peft: a plain LoRA for each expert of a mixture over linears. vllm: a LoRA on "
-            "stacked experts (target_parameters) as LoRA on each expert's own modules."
+            help="peft: a plain LoRA for each expert (or task) of a mixture over linears. vllm: a "
+            "LoRA on stacked experts (target_parameters) as LoRA on each expert's own modules."
         ),
     ] = "peft",
     base: Annotated[

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from moeroute.layers.constant_lora import constant_lora
+from moeroute.layers.averaged_bank import AveragedLoRABank
+from moeroute.layers.constant_lora import constant_lora, num_slots
 from moeroute.layers.lora_bank import LoRABank
 from moeroute.layers.ragged_bank import RaggedLoRABank
 from moeroute.layers.shared_down_bank import SharedDownLoRABank
@@ -54,3 +55,20 @@ def test_one_expert_is_its_own_matrices_bit_for_bit():
     assert torch.equal(lora.lora_a, bank.lora_a[2:])
     assert torch.equal(lora.lora_b, bank.lora_b[:, 2:])
     assert lora.scaling == 2.0
+
+
+@pytest.mark.parametrize("weights", [[0.2, 0.5, 0.3, 0.1, 0.0, 0.9], [0, 0, 1, 0, 0, 1], [0] * 6])
+def test_experts_that_are_averaged_by_head(weights):
+    torch.manual_seed(0)
+    bank = AveragedLoRABank(
+        num_experts=E, r=2, in_features=6, out_features=O, scaling=0.5, heads=2
+    ).double()
+    nn.init.normal_(bank.lora_b)
+    linear, x = nn.Linear(6, O).double(), torch.randn(2, T, 6, dtype=torch.float64)
+    constant = torch.tensor(weights, dtype=torch.float64)
+    assert num_slots(bank) == len(weights)
+    lora = constant_lora(bank, constant)
+    expected = bank(linear(x), x, constant.view(1, 2, E).expand(2, 2, E))
+    torch.testing.assert_close(lora(x, linear), expected)
+    assert lora.r == (2 if any(weights) else 0)
+    assert not lora.lora_a.requires_grad

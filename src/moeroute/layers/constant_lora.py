@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moeroute.layers.averaged_bank import AveragedLoRABank
 from moeroute.layers.lora_bank import LoRABank
 from moeroute.layers.ragged_bank import RaggedLoRABank
 from moeroute.layers.shared_down_bank import SharedDownLoRABank
@@ -16,8 +17,8 @@ from moeroute.ops.gates import add_delta
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ConstantBank = LoRABank | RaggedLoRABank | SharedDownLoRABank
-"""The banks whose output is linear in the routing weights."""
+ConstantBank = LoRABank | RaggedLoRABank | SharedDownLoRABank | AveragedLoRABank
+"""The banks that are a plain LoRA for routing weights that do not change."""
 
 
 class ConstantLoRA(nn.Module):
@@ -61,15 +62,19 @@ def constant_lora(bank: ConstantBank, weights: Tensor) -> ConstantLoRA:
 
     Exact. An expert of weight 0 is left out; so rank E * r for all experts of a `LoRABank`, r for
     one of them, and r for any number of the heads of a `SharedDownLoRABank`. If all experts have
-    one scaling and the weights are 0 and 1, A and B are the experts' own, bit for bit.
+    one scaling and the weights are 0 and 1, A and B are the experts' own, bit for bit. The experts
+    of an `AveragedLoRABank` become their average, of rank r.
 
     Args:
         bank: The experts.
-        weights: (E,) floating, any sign.
+        weights: (K,) floating, any sign, K as `num_slots` tells: one an expert, for a bank of h
+            heads first those of head 0.
 
     Returns:
         The LoRA, in the dtype of the bank, on its device, detached from it.
     """
+    if isinstance(bank, AveragedLoRABank):
+        return _average(bank, weights)
     used = [expert for expert, weight in enumerate(weights.tolist()) if weight]
     if isinstance(bank, SharedDownLoRABank):
         heads = bank.lora_b.detach().unflatten(1, (bank.num_experts, bank.r))  # (O, E, r)
@@ -87,6 +92,19 @@ def constant_lora(bank: ConstantBank, weights: Tensor) -> ConstantLoRA:
         parts_a.append(bank.lora_a.detach()[spans[expert]])
         parts_b.append(bank.lora_b.detach()[:, spans[expert]] * factor)
     return ConstantLoRA(torch.cat(parts_a), torch.cat(parts_b, dim=1), scaling)
+
+
+def num_slots(bank: ConstantBank) -> int:
+    """How many weights a bank takes: one an expert, or one an expert and head."""
+    return bank.num_experts * (bank.heads if isinstance(bank, AveragedLoRABank) else 1)
+
+
+def _average(bank: AveragedLoRABank, weights: Tensor) -> ConstantLoRA:
+    with torch.no_grad():
+        by_head = weights.to(bank.lora_a.device).unflatten(0, (bank.heads, -1))
+        mean_a, mean_b = bank.average(by_head[None])
+    size = bank.r if weights.any() else 0
+    return ConstantLoRA(mean_a[0, :size], mean_b[0, :, :size], bank.scaling)
 
 
 def _experts(bank: LoRABank | RaggedLoRABank) -> tuple[Sequence[slice], Sequence[float]]:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from integration import tiny_models
+from integration.adapters.lora_folders import make_base, save_lora
 from integration.adapters.test_expert_lora import adapted
 from integration.adapters.test_merge import logits, mixture, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,7 +17,7 @@ import moeroute
 from moeroute.cli import app
 from moeroute.integration.adapters.convert import convert_adapter
 from moeroute.layers.ragged_bank import RaggedLoRABank
-from moeroute.methods import MixLoRA
+from moeroute.methods import MHR, Arrow, MixLoRA
 
 pytestmark = pytest.mark.hf
 
@@ -54,6 +55,36 @@ def test_one_plain_lora_per_expert(saved, tmp_path):
         expected = moeroute.merge(model, f"expert:{index}").put_on(tiny_llama()).eval()
         assert torch.equal(logits(plain), logits(expected))
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_one_plain_lora_per_task(tmp_path, base):
+    model = mixture(MHR(num_tasks=2, r=2, num_experts=3, heads=2))
+    folders = convert_adapter(save(model, tmp_path / "adapter", base), tmp_path / "out")
+    assert [folder.name for folder in folders] == ["task_0", "task_1"]
+    for task, folder in enumerate(folders):
+        plain = PeftModel.from_pretrained(tiny_llama(), folder).eval()
+        expected = logits(model, task_ids=torch.full((3,), task))
+        torch.testing.assert_close(logits(plain), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("names", "written"),
+    [(("math", "code"), ["math", "code"]), (("../out", "code"), ["expert_0", "expert_1"])],
+)
+def test_adapters_that_were_mixed(tmp_path, names, written):
+    folders = {
+        name: save_lora(tmp_path / str(seed), seed=seed, r=2 + seed)
+        for seed, name in enumerate(names)
+    }
+    make_base().config.save_pretrained(tmp_path / "base")
+    model = moeroute.mix_adapters(make_base(), folders, Arrow(top_k=1))
+    source = save(model, tmp_path / "mixed", str(tmp_path / "base"))
+    found = convert_adapter(source, tmp_path / "out")
+    assert [folder.relative_to(tmp_path / "out").as_posix() for folder in found] == written
+    ids = torch.randint(0, 31, (2, 9))
+    for folder, adapter in zip(found, folders.values(), strict=True):
+        one, other = (PeftModel.from_pretrained(make_base(), f).eval() for f in (folder, adapter))
+        torch.testing.assert_close(logits(one, input_ids=ids), logits(other, input_ids=ids))
 
 
 def test_experts_of_other_ranks(tmp_path, base, monkeypatch):

@@ -3,15 +3,17 @@
 import pytest
 import torch
 from contracts.method_cases import small
+from integration.adapters.lora_folders import make_base, save_lora
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import moeroute
 from moeroute.integration.adapters.site_host import SiteHost
+from moeroute.layers.constant_lora import num_slots
 from moeroute.layers.ragged_bank import RaggedLoRABank
 from moeroute.layers.shared_down_bank import SharedDownLoRABank
-from moeroute.methods import MixLoRA, MoLoRA
+from moeroute.methods import MHR, Arrow, MixLoRA, MOELoRA, MoLoRA, Poly
 from moeroute.types import RouterOutput
 
 E = 4
@@ -271,11 +273,75 @@ def test_every_method_merges_or_says_why_not(name):
         merged = moeroute.merge(model)
     except ValueError as error:
         assert f"is not defined for {name}" in str(error)  # noqa: PT017
+        assert name == "mixlora"  # noqa: PT017
         return
-    layers = sites(model)
-    sizes = {site: layer.bank.num_experts for site, layer in layers.items()}
-    weights = {site: torch.full((size,), 1 / size) for site, size in sizes.items()}
+    banks = {site: layer.bank for site, layer in sites(model).items()}
+    weights = {
+        site: torch.full((num_slots(bank),), 1 / bank.num_experts) for site, bank in banks.items()
+    }
     check_equals(merged, logits_under(model, weights))
+
+
+BY_TASK = {
+    "poly": Poly(num_tasks=3, r=2),
+    "poly_outputs": Poly(num_tasks=3, r=2, mix="output"),
+    "mhr": MHR(num_tasks=3, r=2, num_experts=3, heads=2),
+    "moelora": MOELoRA(num_tasks=3, r=8, num_experts=4),
+}
+
+
+class TestByTask:
+    @pytest.fixture(params=BY_TASK)
+    def model(self, request):
+        return mixture(BY_TASK[request.param])
+
+    def test_a_task_is_one_plain_lora_and_loses_nothing(self, model):
+        answers = []
+        for task in range(3):
+            task_ids = torch.full((3,), task)
+            text = {"input_ids": token_ids(), "task_ids": task_ids}
+            merged = moeroute.merge(model, f"task:{task}", text=text)
+            answers.append(logits(model, task_ids=task_ids))
+            check_equals(merged, answers[-1])
+            assert merged.error.max_abs < 1e-4
+        assert not torch.allclose(answers[0], answers[1], atol=0.01)
+
+    def test_one_expert(self, model):
+        weights = {}
+        for name, layer in sites(model).items():
+            bank = layer.bank
+            weights[name] = torch.eye(bank.num_experts)[2].repeat(
+                num_slots(bank) // bank.num_experts
+            )
+        check_equals(moeroute.merge(model, "expert:2"), logits_under(model, weights))
+
+    def test_usage_is_that_of_the_tasks_of_the_text(self, model):
+        text = {"input_ids": token_ids(), "task_ids": torch.full((3,), 1)}
+        merged = moeroute.merge(model, "usage", text=text)
+        check_equals(merged, logits(model, task_ids=text["task_ids"]))
+        with pytest.raises(ValueError, match="got no task_ids"):
+            moeroute.merge(model, "usage", text=token_ids())
+
+    @pytest.mark.parametrize("task", ["3", "-1", "", "math"])
+    def test_tasks_that_there_are_not(self, model, task):
+        with pytest.raises(ValueError, match=f"unknown task '{task}'; give a number from 0 to 2"):
+            moeroute.merge(model, f"task:{task}")
+
+
+def test_an_adapter_that_was_mixed_comes_out_by_its_name(tmp_path):
+    folders = {
+        "math": save_lora(tmp_path / "math", seed=1),
+        "code": save_lora(tmp_path / "code", seed=2, r=2, target_modules=["q_proj", "up_proj"]),
+    }
+    model = moeroute.mix_adapters(make_base(), folders, Arrow(top_k=1)).eval()
+    ids = token_ids() % 31
+    for name, folder in folders.items():
+        alone = PeftModel.from_pretrained(make_base(), folder).eval()
+        merged = moeroute.merge(model, f"expert:{name}").put_on(make_base()).eval()
+        torch.testing.assert_close(logits(merged, input_ids=ids), logits(alone, input_ids=ids))
+        assert merged.targeted_module_names == alone.targeted_module_names
+    with pytest.raises(ValueError, match="a number from 0 to 1 or a name of math, code"):
+        moeroute.merge(model, "expert:law")
 
 
 class TestBadInput:
@@ -289,7 +355,7 @@ class TestBadInput:
             ("expert:", "unknown expert ''"),
             ("expert", "unknown expert ''"),
             ("expert:math", "unknown expert 'math'"),
-            ("task:0", "not defined for molora: it routes by token"),
+            ("task:0", "not defined for molora: it routes by what it reads"),
             ("usage", "give text=input_ids"),
         ],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeroute.integration.adapters.expert_layout import per_expert_lora
 from moeroute.integration.adapters.files import write_folder
-from moeroute.integration.adapters.merge import merge, num_mergeable_experts
+from moeroute.integration.adapters.merge import merge, plain_strategies
 from moeroute.integration.adapters.merge_strategies import MERGE_IS_NOT_DEFINED
 from moeroute.integration.adapters.merged import MergedLoRA
 from moeroute.integration.adapters.peft_method import MoeRouteConfig
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 FORMATS = ("peft", "vllm")
+FOLDER = re.compile(r"\w[\w.-]*")
+"""A name that can be a folder's, in any place."""
 
 
 def convert_adapter(
@@ -30,8 +33,9 @@ def convert_adapter(
 ) -> list[Path]:
     """Write a saved adapter in a format that serves elsewhere: all of it, or nothing.
 
-    A mixture over linears becomes one plain LoRA per expert, each a folder that
-    `PeftModel.from_pretrained` and everything else that reads PEFT's LoRA loads ("peft"). PEFT's
+    A mixture over linears becomes one plain LoRA per expert, or per task where the method routes by
+    task, each a folder that `PeftModel.from_pretrained` and everything else that reads PEFT's LoRA
+    loads ("peft"). PEFT's
     LoRA on stacked experts becomes LoRA on the modules of each expert by itself, as the family's
     checkpoints name them on disk ("vllm", see `per_expert_lora`). The base's weights are not read,
     only its config.
@@ -43,7 +47,8 @@ def convert_adapter(
         base: Folder or hub id of the base model; None takes the one that the adapter names.
 
     Returns:
-        The folders that were written: `expert_0`, ... below `directory`, or `directory` itself.
+        The folders that were written: `expert_0`, ..., `task_0`, ... or the names of the adapters
+        that are mixed, below `directory`; or `directory` itself.
 
     Raises:
         ValueError: No adapter there, a format or a combination that is not known, a mixture that
@@ -98,14 +103,10 @@ def _converted(
     if config.build_method().site_kind != "linear":
         raise ValueError(MERGE_IS_NOT_DEFINED.format(strategy="expert", method=config.method))
     model = PeftModel.from_pretrained(_empty_model(model_config), str(source))
-    names = expert_names(config, num_mergeable_experts(model))
-    return {name: merge(model, f"expert:{index}") for index, name in enumerate(names)}
-
-
-def expert_names(config: MoeRouteConfig, size: int) -> list[str]:
-    """A folder name for each expert: its own where the method names its experts."""
-    own = config.method_fields.get("expert_names") or ()
-    return [*own] if len(own) == size else [f"expert_{index}" for index in range(size)]
+    strategies = plain_strategies(model)
+    if not all(FOLDER.fullmatch(name) for name in strategies):  # names that a caller chose
+        strategies = {f"expert_{index}": one for index, one in enumerate(strategies.values())}
+    return {name: merge(model, strategy) for name, strategy in strategies.items()}
 
 
 def _empty_model(config: Any) -> Any:

@@ -82,8 +82,8 @@ def check_adapter_keys(model: nn.Module, adapter_name: str, state_dict: dict[str
             f"the adapter file does not fit adapter {adapter_name!r} of this model: {len(missing)} "
             "tensors missing "
             f"{missing[:SHOWN]}, {len(unknown)} unknown {unknown[:SHOWN]}. It is damaged, or was "
-            "made for another "
-            "model or config"
+            "made for another model or config; take the whole folder that save_pretrained wrote, "
+            "config and weights"
         )
     other = [key for key, shape in expected.items() if found[key] != shape]
     if other:

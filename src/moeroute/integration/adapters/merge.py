@@ -27,13 +27,16 @@ def merge(model: PeftModel, strategy: str = "uniform", *, text: Text | None = No
 
     Exact for the constant weights that a strategy chooses, in the place of those that the routers
     would choose for each token; give `text` to be told how much that changes. The rank is the sum
-    of the ranks of the experts that are used: E * r for all of them.
+    of the ranks of the experts that are used: E * r for all of them; r for methods that average
+    their experts' matrices.
 
     Args:
         model: A wrapped model; its active adapter is merged, and nothing in it is changed.
         strategy: "uniform", every expert 1 / E; "usage", every expert its mean routing weight over
-            the tokens of `text`, linear by linear; "expert:3" or "expert:NAME", one expert with
-            weight 1, linears that have no such expert left out.
+            the tokens of `text`, linear by linear; "expert:3" or "expert:NAME" (the name that
+            `mix_adapters` was given), one expert with weight 1, linears that have no such expert
+            left out; "task:3", the weights of a task, for methods that route by task: their answer
+            for that task, nothing lost.
         text: (B, S) token ids, or what the model's forward takes by name (input_ids,
             attention_mask, task_ids), or several of these.
 
@@ -41,8 +44,8 @@ def merge(model: PeftModel, strategy: str = "uniform", *, text: Text | None = No
         The LoRA: `save(directory)`, `put_on(base)`, and its `error` on the text.
 
     Raises:
-        ValueError: The adapter is no mixture over linears that is linear in its weights, the
-            strategy or the expert is unknown, "usage" without text, or text without tokens.
+        ValueError: The adapter is no mixture over linears, the strategy, the expert or the task
+            is unknown or not defined for the method, "usage" without text, or text without tokens.
 
     Example:
         >>> merged = moeroute.merge(model, "usage", text=input_ids)
@@ -72,13 +75,22 @@ def merge(model: PeftModel, strategy: str = "uniform", *, text: Text | None = No
     )
 
 
-def num_mergeable_experts(model: PeftModel) -> int:
-    """The most experts that a linear of the active adapter has, for "expert:INDEX".
+def plain_strategies(model: PeftModel) -> dict[str, str]:
+    """The strategies that leave nothing out when taken together, by a name for each.
+
+    "expert:0" and so on, by the names of the experts where they have any, else `expert_0`; for
+    methods that route by task "task:0" and so on, by `task_0`.
 
     Raises:
         ValueError: As for `merge`.
     """
-    return max(bank.num_experts for bank in _find_mixture(model).banks("expert").values())
+    mixture = _find_mixture(model)
+    if mixture.num_tasks is not None:
+        return {f"task_{index}": f"task:{index}" for index in range(mixture.num_tasks)}
+    size, names = mixture.num_experts, mixture.expert_names
+    if len(names) != size:
+        names = tuple(f"expert_{index}" for index in range(size))
+    return {name: f"expert:{index}" for index, name in enumerate(names)}
 
 
 def _find_mixture(model: PeftModel) -> Mixture:
