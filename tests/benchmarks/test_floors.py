@@ -114,7 +114,9 @@ def test_other_shapes_tell_nothing_about_the_promises():
         ("expert_lora", "peft", "peft", "peft decode"),
     ],
 )
-def test_lora_on_experts_is_judged_against_rebuilt_stacks(op, peer, trained, decoded):
+def test_lora_on_experts_is_judged_against_rebuilt_stacks(
+    op: str, peer: str, trained: str, decoded: str
+):
     def pair(mode: str, shape: str, tokens: int, ratio: float) -> list[Record]:
         ours = replace(ROW, op=op, mode=mode, shape_name=shape, tokens=tokens)
         return [ours, replace(ours, provider=peer, ours_over_it=ratio, p50_ms=1 / ratio)]
