@@ -15,6 +15,7 @@ import moeroute
 from moeroute.integration.adapters.site_host import SiteHost
 from moeroute.methods.registry import method_field_names
 from moeroute.routing_pass import SampleInputs
+from moeroute_kernels import lora_form
 
 METHODS = moeroute.list_methods()
 
@@ -277,6 +278,17 @@ def test_permuting_experts_leaves_the_output_unchanged(name, make_llama, batch):
             if "moeroute_site" in key:
                 tensor.copy_(case_of(name).permute(key, tensor, order))
     torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_both_forms_of_the_product_agree(name, make_llama, batch, monkeypatch):
+    model = wake(wrapped(make_llama, name)).double().eval()
+    forms = [(10**9, 10**9), (-1, -1)]  # all ranks of every expert, and sorted by expert
+    logits = []
+    for ranks, products in forms:
+        monkeypatch.setattr(lora_form, "DENSE_RANKS", ranks)
+        monkeypatch.setattr(lora_form, "LOOP_PRODUCTS", products)
+        logits.append(model(**batch).logits)
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-9, atol=1e-9)
 
 
 def test_equals_get_peft_model(name, make_llama, batch):
