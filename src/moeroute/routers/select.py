@@ -240,8 +240,7 @@ class GroupTopK(nn.Module):
         """Settings, for `print(model)`."""
         return (
             f"top_k={self.top_k}, num_groups={self.num_groups}, top_k_groups={self.top_k_groups}, "
-            f"normalize={self.normalize}, "
-            f"routed_scaling_factor={self.routed_scaling_factor:g}"
+            f"normalize={self.normalize}, routed_scaling_factor={self.routed_scaling_factor:g}"
         )
 
 

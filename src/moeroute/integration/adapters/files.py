@@ -80,17 +80,15 @@ def check_adapter_keys(model: nn.Module, adapter_name: str, state_dict: dict[str
     if missing or unknown:
         raise ValueError(
             f"the adapter file does not fit adapter {adapter_name!r} of this model: {len(missing)} "
-            "tensors missing "
-            f"{missing[:SHOWN]}, {len(unknown)} unknown {unknown[:SHOWN]}. It is damaged, or was "
-            "made for another model or config; take the whole folder that save_pretrained wrote, "
-            "config and weights"
+            f"tensors missing {missing[:SHOWN]}, {len(unknown)} unknown {unknown[:SHOWN]}. It is "
+            "damaged, or was made for another model or config; take the whole folder that "
+            "save_pretrained wrote, config and weights"
         )
     other = [key for key, shape in expected.items() if found[key] != shape]
     if other:
         key = other[0]
         raise ValueError(
             f"{len(other)} tensors of the adapter file have another shape than this model needs, "
-            f"first {key}: "
-            f"file {tuple(found[key])}, model {tuple(expected[key])}. Load it on a base of the "
-            "shape it was trained on"
+            f"first {key}: file {tuple(found[key])}, model {tuple(expected[key])}. Load it on a "
+            "base of the shape it was trained on"
         )

@@ -94,9 +94,8 @@ class SiteHost(nn.Module, BaseTunerLayer):
         if args or kwargs:
             raise TypeError(
                 f"{type(self.base_layer).__name__} is called with {len(args) + 1} positional "
-                "arguments and "
-                f"keywords {sorted(kwargs)}; a mixture answers for modules of one tensor only. "
-                "Leave this module out of target_modules"
+                f"arguments and keywords {sorted(kwargs)}; a mixture answers for modules of one "
+                "tensor only. Leave this module out of target_modules"
             )
         return module(hidden_states, self.base_layer)
 
@@ -126,7 +125,6 @@ class SiteHost(nn.Module, BaseTunerLayer):
 
 MERGE_IS_UNDEFINED = (
     "merging is undefined for a mixture whose weights depend on the token: no single matrix equals "
-    "it. "
-    "Keep the adapter (save_pretrained, PeftModel.from_pretrained), take a plain LoRA near it by "
-    "moeroute.merge(model), or drop it with moeroute.unwrap_model(model) to get the base model back"
+    "it. Keep the adapter (save_pretrained, PeftModel.from_pretrained), take a plain LoRA near it "
+    "by moeroute.merge(model), or drop it with moeroute.unwrap_model(model) to get the base back"
 )

@@ -109,8 +109,7 @@ def default_targets(model: nn.Module, kind: SiteKind) -> set[str]:
     if not names:
         raise ValueError(
             f"{type(model).__name__} has no {kind} site that moeroute knows; pass target_modules "
-            "by name. "
-            f"{_describe_kind(kind)}"
+            f"by name. {_describe_kind(kind)}"
         )
     return shortest_targets(model, names)
 
@@ -181,8 +180,7 @@ def check_feed_forward(sites: Sequence[Site]) -> None:
         ):
             raise ValueError(
                 f"{site.name}: {type(site.module).__name__} does not compute act(gate(x)) * up(x) "
-                "and down; "
-                "a mixture over it would not start from the base model. Leave it out of "
+                "and down; a mixture over it would not start from the base model. Leave it out of "
                 "target_modules"
             )
 
@@ -198,10 +196,8 @@ def warn_of_untouched_experts(model: nn.Module) -> None:
     if stacks:
         warnings.warn(
             f"{len(stacks)} stacks of experts get no adapter (first: {stacks[0]}): their weights "
-            "are 3-D "
-            "parameters, not linears. To adapt them use peft.LoraConfig(target_parameters=[...]); "
-            "name "
-            "target_modules to silence this",
+            "are 3-D parameters, not linears. To adapt them use "
+            "peft.LoraConfig(target_parameters=[...]); name target_modules to silence this",
             stacklevel=2,
         )
 
@@ -211,8 +207,7 @@ def _check_no_dropout(site: Site) -> None:
         if isinstance(module, nn.Dropout) and module.p > 0:
             raise ValueError(
                 f"{site.name}.{name} drops out with p={module.p} in training, which a mixture over "
-                "this "
-                "block would skip; load the model with that dropout at 0"
+                "this block would skip; load the model with that dropout at 0"
             )
 
 
@@ -237,8 +232,7 @@ def _no_match(model: nn.Module, kind: SiteKind, entries: list[str]) -> str:
     nearest = ", ".join(ranked[:NEAREST]) or "none"
     return (
         f"target_modules={entries} match no module of {type(model).__name__}; nothing would be "
-        "adapted. "
-        f"Nearest {kind} sites: {nearest}"
+        f"adapted. Nearest {kind} sites: {nearest}"
     )
 
 

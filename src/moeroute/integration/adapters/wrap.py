@@ -177,8 +177,7 @@ def _add_to_wrapped(model: PeftModel, config: MoeRouteConfig, adapter_name: str)
     if adapter_name in model.peft_config:
         raise ValueError(
             f"the model is wrapped already and has an adapter {adapter_name!r}; pass another "
-            "adapter_name to add one, "
-            "or moeroute.unwrap_model(model) to start over"
+            "adapter_name to add one, or moeroute.unwrap_model(model) to start over"
         )
     model.add_adapter(adapter_name, config)
     return model
