@@ -1,6 +1,7 @@
 """Published methods, one file a paper, and the table that names them."""
 
 from moeroute.methods.arrow import Arrow as Arrow
+from moeroute.methods.ept import EPT as EPT
 from moeroute.methods.mhr import MHR as MHR
 from moeroute.methods.mixlora import MixLoRA as MixLoRA
 from moeroute.methods.moelora import MOELoRA as MOELoRA
@@ -13,6 +14,7 @@ from moeroute.methods.remix import ReMix as ReMix
 from moeroute.methods.smora import SMoRA as SMoRA
 
 __all__ = [
+    "EPT",
     "MHR",
     "PHATGOOSE",
     "Arrow",

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from moeroute.methods.arrow import Arrow
+from moeroute.methods.ept import EPT
 from moeroute.methods.mhr import MHR
 from moeroute.methods.mixlora import MixLoRA
 from moeroute.methods.moelora import MOELoRA
@@ -19,6 +20,7 @@ from moeroute.types import Method
 
 METHODS: dict[str, type[Method]] = {
     "arrow": Arrow,
+    "ept": EPT,
     "mhr": MHR,
     "mixlora": MixLoRA,
     "moelora": MOELoRA,
