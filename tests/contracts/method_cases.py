@@ -59,6 +59,16 @@ def permute_moelora(key: str, parameter: torch.Tensor, order: torch.Tensor) -> t
     return permute_experts(key, parameter, order)
 
 
+def permute_kernels(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The experts of one kernel size in another order: those of another size are other experts."""
+    if ".kernels." in key:
+        return parameter.flip(0)
+    if ".meta_" in key:
+        return parameter
+    order = torch.tensor([1, 0, 3, 2])
+    return parameter[:, order] if key.endswith("task_embeddings") else parameter[order]
+
+
 def seeded_loss(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The loss of a method that draws in training, with the same draw at every call."""
     torch.manual_seed(11)
@@ -180,6 +190,11 @@ CASES: Mapping[str, MethodCase] = MappingProxyType(
             fields={"r": NUM_EXPERTS * RANK, "rank_partition": RANK, "top_k": 2 * RANK},
             second={"r": 2 * RANK},
             trainer=partial(Trainer, callbacks=[moeroute.PostStepCallback()]),
+        ),
+        "ept": MethodCase(
+            fields={"num_tasks": NUM_TASKS, "r": RANK, "kernel_sizes": (3, 3, 4, 4)},
+            by_task=True,
+            permute=permute_kernels,
         ),
         "mhr": MethodCase(
             fields={"num_tasks": NUM_TASKS, "heads": 2, **SMALL},

@@ -7,6 +7,7 @@ from moeroute.layers.feed_forward import SwiGLUFeedForward as SwiGLUFeedForward
 from moeroute.layers.instructions import (
     set_instruction_embeddings as set_instruction_embeddings,
 )
+from moeroute.layers.kronecker_bank import KroneckerBank as KroneckerBank
 from moeroute.layers.lora_bank import LoRABank as LoRABank
 from moeroute.layers.lora_ffn import LoRAFeedForwardMixture as LoRAFeedForwardMixture
 from moeroute.layers.lora_mixture import LoRAMixture as LoRAMixture
@@ -18,6 +19,7 @@ from moeroute.layers.shared_down_bank import SharedDownLoRABank as SharedDownLoR
 
 __all__ = [
     "ExpertActivation",
+    "KroneckerBank",
     "LoRABank",
     "LoRAFeedForwardMixture",
     "LoRAMixture",

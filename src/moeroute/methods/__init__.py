@@ -3,6 +3,7 @@
 from moeroute.methods.adamole import AdaMoLE as AdaMoLE
 from moeroute.methods.arrow import Arrow as Arrow
 from moeroute.methods.dynmole import DynMoLE as DynMoLE
+from moeroute.methods.ept import EPT as EPT
 from moeroute.methods.glider import GLIDER as GLIDER
 from moeroute.methods.hydralora import HydraLoRA as HydraLoRA
 from moeroute.methods.loramoe import LoRAMoE as LoRAMoE
@@ -19,6 +20,7 @@ from moeroute.methods.remix import ReMix as ReMix
 from moeroute.methods.smora import SMoRA as SMoRA
 
 __all__ = [
+    "EPT",
     "GLIDER",
     "MHR",
     "PHATGOOSE",
