@@ -3,6 +3,8 @@
 from moeroute.losses.balance import BalanceLoss as BalanceLoss
 from moeroute.losses.importance import ImportanceLoss as ImportanceLoss
 from moeroute.losses.policy_gradient import rloo_surrogate as rloo_surrogate
+from moeroute.losses.preserve import PreserveLoss as PreserveLoss
+from moeroute.losses.soft_balance import SoftBalanceLoss as SoftBalanceLoss
 from moeroute.losses.task_contrast import TaskContrastLoss as TaskContrastLoss
 from moeroute.losses.total import LossReport as LossReport
 from moeroute.losses.total import total_loss as total_loss
@@ -12,6 +14,8 @@ __all__ = [
     "BalanceLoss",
     "ImportanceLoss",
     "LossReport",
+    "PreserveLoss",
+    "SoftBalanceLoss",
     "TaskContrastLoss",
     "ZLoss",
     "rloo_surrogate",

@@ -6,6 +6,7 @@ from moeroute.methods.dynmole import DynMoLE as DynMoLE
 from moeroute.methods.ept import EPT as EPT
 from moeroute.methods.glider import GLIDER as GLIDER
 from moeroute.methods.hydralora import HydraLoRA as HydraLoRA
+from moeroute.methods.lora_mixer import LoRAMixer as LoRAMixer
 from moeroute.methods.loramoe import LoRAMoE as LoRAMoE
 from moeroute.methods.mhr import MHR as MHR
 from moeroute.methods.mixlora import MixLoRA as MixLoRA
@@ -28,6 +29,7 @@ __all__ = [
     "Arrow",
     "DynMoLE",
     "HydraLoRA",
+    "LoRAMixer",
     "LoRAMoE",
     "MOELoRA",
     "MixLoRA",

@@ -12,6 +12,7 @@ from moeroute.methods.dynmole import DynMoLE
 from moeroute.methods.ept import EPT
 from moeroute.methods.glider import GLIDER
 from moeroute.methods.hydralora import HydraLoRA
+from moeroute.methods.lora_mixer import LoRAMixer
 from moeroute.methods.loramoe import LoRAMoE
 from moeroute.methods.mhr import MHR
 from moeroute.methods.mixlora import MixLoRA
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "ept": EPT,
     "glider": GLIDER,
     "hydralora": HydraLoRA,
+    "lora_mixer": LoRAMixer,
     "loramoe": LoRAMoE,
     "mhr": MHR,
     "mixlora": MixLoRA,
