@@ -172,6 +172,7 @@ class FirstPassScore(nn.Module):
 
     Raises:
         ValueError: In forward, there was no first pass, or one over another number of tokens.
+        RuntimeError: In forward, the layer runs under reentrant activation checkpointing.
     """
 
     def __init__(
@@ -194,6 +195,11 @@ class FirstPassScore(nn.Module):
             raise ValueError(
                 f"the first pass ended in {said.shape[0]} tokens but this linear is asked for "
                 f"{tokens.shape[0]}; leave it out of the mixture"
+            )
+        if said.requires_grad and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "reentrant activation checkpointing would go back through the head once a layer. "
+                'Use gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
         start = self.place * self.num_experts
         return said[:, start : start + self.num_experts].to(tokens.device)

@@ -34,13 +34,13 @@ def take_first(cache: Any) -> Cache:
         )
     riding = [layer for layer in cache.layers if getattr(layer, MARK, False)]
     cache.layers = [layer for layer in cache.layers if not getattr(layer, MARK, False)]
-    if not riding and any(getattr(layer, "is_initialized", False) for layer in cache.layers):
-        raise ValueError(
-            "the key-value cache holds tokens that no first pass saw: it was filled with this "
-            "adapter off, in training, or by another model. Start with a fresh cache"
-        )
     first = copy.copy(cache)
     first.layers = riding or [copy.deepcopy(layer) for layer in cache.layers]
+    if _length(riding) != _length(cache.layers) or (not riding and any(map(_fills, cache.layers))):
+        raise ValueError(
+            "the key-value cache holds tokens that no first pass saw: some were added with this "
+            "adapter off, in training, or by another model. Start with a fresh cache"
+        )
     return first
 
 
@@ -49,3 +49,16 @@ def put_first(cache: Cache, first: Cache) -> None:
     for layer in first.layers:
         setattr(layer, MARK, True)
     cache.layers = [*cache.layers, *first.layers]
+
+
+def _fills(layer: Any) -> bool:
+    """Whether a layer of a cache holds tokens; linear attention holds states instead."""
+    states = getattr(layer, "has_previous_state", {})
+    initialized = getattr(layer, "is_initialized", False)
+    return any(states.values()) or (initialized and int(layer.get_seq_length()) > 0)
+
+
+def _length(layers: list[Any]) -> int:
+    """Tokens in the first layer that counts them on the host (a static one does on the device)."""
+    counts = (layer.get_seq_length() for layer in layers if hasattr(layer, "get_seq_length"))
+    return next((count for count in counts if isinstance(count, int)), 0)

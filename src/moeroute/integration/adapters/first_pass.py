@@ -49,6 +49,7 @@ class RunFirstPass:
         self.positions = tuple(named)
         self.takes_more = any(p.kind is p.VAR_KEYWORD for p in known.values())
         self.known = frozenset(known)
+        self.cache_name = "cache_params" if "cache_params" in known else "past_key_values"
         self.own = frozenset(named) - self.known | FOR_THE_SECOND
 
     def __call__(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -61,7 +62,7 @@ class RunFirstPass:
         logits = self._recalled(head, inputs)
         if logits is None:
             with self.routing_pass.rehearsal(resting=head.first_weight == 0), torch.no_grad():
-                states = self._states(root, inputs)
+                states = self._states(root, inputs, keeps=not head.per_sample)
             logits = head(self.routing_pass.router_input(states, FIRST_PASS))
         self.routing_pass.first_pass = logits
 
@@ -81,27 +82,26 @@ class RunFirstPass:
         tokens = ids if ids is not None else inputs["inputs_embeds"]
         return head.recall(memory[FIRST_PASS], (tokens.shape[0], tokens.shape[1]))
 
-    def _states(self, root: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """(B, S, H), what the backbone ends in."""
+    def _states(self, root: nn.Module, inputs: dict[str, Any], *, keeps: bool) -> Tensor:
+        """(B, S, H), what the backbone ends in; `keeps` if later calls continue from it."""
         passed = {
             name: value
             for name, value in inputs.items()
             if name not in self.own and (self.takes_more or name in self.known)
         }
-        cache, use_cache = inputs.get("past_key_values"), inputs.get("use_cache")
+        cache, use_cache = inputs.get(self.cache_name), inputs.get("use_cache")
         if use_cache is None:
             use_cache = getattr(root.config, "use_cache", False)
-        if cache is not None:
-            passed["past_key_values"] = take_first(cache)
-        caches = cache is not None or (use_cache and not root.training)
-        if "past_key_values" in self.known:
-            passed["use_cache"] = caches
+        first = None if cache is None else take_first(cache)
+        caches = keeps and (first is not None or (use_cache and not root.training))
+        if self.cache_name in self.known:
+            passed |= {"use_cache": caches, self.cache_name: first if caches else None}
         backbone = root.base_model
         assert isinstance(backbone, nn.Module)
         run = root.forward if backbone is root else backbone
         output = run(**passed, return_dict=True)
         if caches:
-            self.cache = getattr(output, "past_key_values", None)
+            self.cache = getattr(output, self.cache_name, None)
         return output.last_hidden_state
 
 
@@ -115,7 +115,7 @@ class KeepFirstCache:
         self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Join the caches, if the call returns one."""
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, self.before.cache_name, None)
         if cache is not None and self.before.cache is not None:
             put_first(cache, self.before.cache)
         self.before.cache = None
