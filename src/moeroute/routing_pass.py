@@ -112,8 +112,8 @@ class RoutingPass:
             cache: The key-value cache that the call returned, which takes the sites' memory along.
         """
         self.is_open = False
-        if self.first_pass is not None and not self.first_pass.requires_grad:
-            self.first_pass = None  # nothing will be recomputed
+        if self.memory is not None:
+            self.first_pass = None  # not in training, so nothing will be recomputed
         if self.memory and cache is not None:
             if self._memories is None:  # made late: it cannot be pickled
                 self._memories = WeakKeyDictionary()

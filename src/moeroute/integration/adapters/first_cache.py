@@ -34,13 +34,13 @@ def take_first(cache: Any) -> Cache:
         )
     riding = [layer for layer in cache.layers if getattr(layer, MARK, False)]
     cache.layers = [layer for layer in cache.layers if not getattr(layer, MARK, False)]
-    first = copy.copy(cache)
-    first.layers = riding or [copy.deepcopy(layer) for layer in cache.layers]
     if _length(riding) != _length(cache.layers) or (not riding and any(map(_fills, cache.layers))):
         raise ValueError(
             "the key-value cache holds tokens that no first pass saw: some were added with this "
             "adapter off, in training, or by another model. Start with a fresh cache"
         )
+    first = copy.copy(cache)
+    first.layers = riding or [copy.deepcopy(layer) for layer in cache.layers]
     return first
 
 
