@@ -207,6 +207,15 @@ def test_training_moves_the_head_alone_and_the_result_is_an_adapter(tmp_path):
     check_round_trip(model, tmp_path, input_ids=IDS)
 
 
+def test_names_of_digits_lose_nothing(tmp_path):
+    folders = {str(i): save_lora(tmp_path / str(i), seed=i) for i in range(2)}
+    model = moeroute.mix_adapters(make_base(), folders, router=XLoRA(), adapter_name="0").eval()
+    expected = model(input_ids=IDS).logits
+    model.save_pretrained(tmp_path / "mixed")
+    again = PeftModel.from_pretrained(make_base(), tmp_path / "mixed" / "0", adapter_name="1")
+    assert torch.equal(again.eval()(input_ids=IDS).logits, expected)
+
+
 def test_neither_generate_nor_forward_thaws_or_freezes_anything(tmp_path):
     model = mix_folders(tmp_path, XLoRA())
     before = {key: value.requires_grad for key, value in model.named_parameters()}
