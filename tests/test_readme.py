@@ -82,6 +82,8 @@ def test_python_blocks_run_one_after_the_other(
     assert (tmp_path / "mixed" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     assert (tmp_path / "routing.png").is_file()
+    for name in ("mixture", "plain", "expert-adapter"):
+        assert (tmp_path / name / "adapter_model.safetensors").is_file()
 
 
 def tiny_checkpoints(folder: Path) -> dict[str, str]:

@@ -24,11 +24,13 @@ from moeroute.methods import list_methods as list_methods
 from moeroute.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from moeroute.integration.adapters.expert_lora import fast_expert_lora as fast_expert_lora
     from moeroute.integration.adapters.files import save_adapter as save_adapter
     from moeroute.integration.adapters.inputs import (
         accept_routing_inputs as accept_routing_inputs,
     )
     from moeroute.integration.adapters.inputs import routing_inputs as routing_inputs
+    from moeroute.integration.adapters.merge import merge as merge
     from moeroute.integration.adapters.mix import mix_adapters as mix_adapters
     from moeroute.integration.adapters.peft_method import MoeRouteConfig as MoeRouteConfig
     from moeroute.integration.adapters.wrap import unwrap_model as unwrap_model
@@ -53,10 +55,12 @@ __all__ = [
     "accept_routing_inputs",
     "aux_losses",
     "doctor",
+    "fast_expert_lora",
     "get_method",
     "layers",
     "list_methods",
     "losses",
+    "merge",
     "mix_adapters",
     "policy_gradient_loss",
     "post_step",
@@ -78,6 +82,8 @@ def __getattr__(name: str) -> Any:
         "RoutingCallback": "callback",
         "accept_routing_inputs": "adapters.inputs",
         "doctor": "doctor",
+        "fast_expert_lora": "adapters.expert_lora",
+        "merge": "adapters.merge",
         "mix_adapters": "adapters.mix",
         "routing_inputs": "adapters.inputs",
         "save_adapter": "adapters.files",

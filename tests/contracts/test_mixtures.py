@@ -63,9 +63,13 @@ def loss_of(name, model, batch):
 
 
 def tell(host, name, x):
-    """Give a layer that is called by itself on x what its router asks of the whole model."""
-    task_ids = with_tasks(name, {"input_ids": torch.zeros(x.shape[0], 1)}).get("task_ids")
-    host.routing_pass.begin(samples=SampleInputs(task_ids=task_ids))
+    """Give a layer that is called by itself on x what its router asks of samples and the model."""
+    known = with_tasks(name, {"input_ids": torch.zeros(x.shape[0], 1)})
+    host.routing_pass.begin(
+        samples=SampleInputs(
+            task_ids=known.get("task_ids"), embeddings=known.get("sample_embeddings")
+        )
+    )
     host.routing_pass.end()
     if case_of(name).first_pass:
         host.routing_pass.first_pass = torch.zeros(x[..., 0].numel(), case_of(name).first_pass)
@@ -89,6 +93,7 @@ def test_fresh_adapter_equals_the_base_bit_for_bit(name, make_llama, batch, dtyp
     expected = base(**batch).logits
     dropout = {"lora_dropout": 0.2} if "lora_dropout" in method_field_names(name) else {}
     model = moeroute.wrap_model(copy.deepcopy(base), small(name, **dropout)).train(training)
+    case_of(name).prepare(model)
     assert torch.equal(model(**batch).logits, expected)
 
 
@@ -209,7 +214,8 @@ def test_generate_with_a_cache_equals_without(name, make_llama, batch):
     model = wake(wrapped(make_llama, name)).eval()
     prompt = batch["input_ids"][:, :5]
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    with moeroute.routing_inputs(model, task_ids=batch.get("task_ids")):
+    known = {key: batch[key] for key in ("task_ids", "sample_embeddings") if key in batch}
+    with moeroute.routing_inputs(model, **known):
         cached = model.generate(input_ids=prompt, use_cache=True, **settings)
         again = model.generate(input_ids=prompt, use_cache=False, **settings)
     assert torch.equal(cached, again)
@@ -452,6 +458,7 @@ def test_a_base_that_only_answers_calls_is_enough(name, make_llama, batch):
                     setattr(block, key, OpaqueLinear(child))
     expected = base(**batch).logits
     model = moeroute.wrap_model(base, small(name)).eval()
+    case_of(name).prepare(model)
     assert torch.equal(model(**batch).logits, expected)
     codes = {key: buffer.clone() for key, buffer in model.named_buffers() if "codes" in key}
     if case_of(name).trains:

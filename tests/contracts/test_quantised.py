@@ -44,6 +44,7 @@ def test_trains_saves_and_loads_over_a_base_of_four_bits(name, make_llama, tmp_p
     assert len(before) == LINEARS
     expected = base(input_ids=ids).logits
     model = moeroute.wrap_model(base, small(name), task_type="CAUSAL_LM")
+    case_of(name).prepare(model)
     assert torch.equal(logits_of(model, batch), expected)
     if case_of(name).trains:
         train(name, model, {**batch, "labels": ids})

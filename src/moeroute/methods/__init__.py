@@ -3,6 +3,8 @@
 from moeroute.methods.adamole import AdaMoLE as AdaMoLE
 from moeroute.methods.arrow import Arrow as Arrow
 from moeroute.methods.dynmole import DynMoLE as DynMoLE
+from moeroute.methods.ept import EPT as EPT
+from moeroute.methods.glider import GLIDER as GLIDER
 from moeroute.methods.hydralora import HydraLoRA as HydraLoRA
 from moeroute.methods.loramoe import LoRAMoE as LoRAMoE
 from moeroute.methods.mhr import MHR as MHR
@@ -19,6 +21,8 @@ from moeroute.methods.smora import SMoRA as SMoRA
 from moeroute.methods.xlora import XLoRA as XLoRA
 
 __all__ = [
+    "EPT",
+    "GLIDER",
     "MHR",
     "PHATGOOSE",
     "AdaMoLE",

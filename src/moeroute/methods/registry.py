@@ -9,6 +9,8 @@ from typing import Any
 from moeroute.methods.adamole import AdaMoLE
 from moeroute.methods.arrow import Arrow
 from moeroute.methods.dynmole import DynMoLE
+from moeroute.methods.ept import EPT
+from moeroute.methods.glider import GLIDER
 from moeroute.methods.hydralora import HydraLoRA
 from moeroute.methods.loramoe import LoRAMoE
 from moeroute.methods.mhr import MHR
@@ -27,6 +29,8 @@ METHODS: dict[str, type[Method]] = {
     "adamole": AdaMoLE,
     "arrow": Arrow,
     "dynmole": DynMoLE,
+    "ept": EPT,
+    "glider": GLIDER,
     "hydralora": HydraLoRA,
     "loramoe": LoRAMoE,
     "mhr": MHR,

@@ -5,6 +5,8 @@ Each takes (T, E) router logits and answers in their shape and dtype.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -30,3 +32,18 @@ def normalized_sigmoid_probs(router_logits: Tensor) -> Tensor:
     """Sigmoid divided by its row's sum: rows sum to 1; for losses over sigmoid routers."""
     probs = torch.sigmoid(router_logits)
     return probs / (probs.sum(dim=-1, keepdim=True) + TINY)
+
+
+@dataclass(frozen=True, slots=True)
+class SoftmaxAt:
+    """Softmax of the logits divided by a temperature: the colder, the nearer to one expert alone.
+
+    Args:
+        temperature: Above 0.
+    """
+
+    temperature: float
+
+    def __call__(self, router_logits: Tensor) -> Tensor:
+        """Rows sum to 1."""
+        return torch.softmax(router_logits / self.temperature, dim=-1)

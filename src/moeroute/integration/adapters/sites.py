@@ -113,9 +113,15 @@ def default_targets(model: nn.Module, kind: SiteKind) -> set[str]:
             f"{type(model).__name__} has no {kind} site that moeroute knows; pass target_modules "
             f"by name. {_describe_kind(kind)}"
         )
-    suffixes = {name.rpartition(".")[2] for name in names}
+    return shortest_targets(model, names)
+
+
+def shortest_targets(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """`target_modules` that match exactly these modules, by last name parts if possible."""
+    wanted = set(names)
+    suffixes = {name.rpartition(".")[2] for name in wanted}
     matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in suffixes}
-    return suffixes if matched == set(names) else set(names)
+    return suffixes if matched == wanted else wanted
 
 
 def check_targets(
