@@ -264,15 +264,16 @@ def test_models_of_other_heads_and_of_none(tmp_path):
     assert model(input_ids=IDS).last_hidden_state.shape == (2, 7, 16)
 
 
-def test_encoder_decoders_are_refused(tmp_path):
+def test_encoder_decoders_are_refused_before_they_are_touched(tmp_path):
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
-
-    def make():
-        torch.manual_seed(0)
-        return T5ForConditionalGeneration(T5Config(vocab_size=31, **sizes))
-
+    base = T5ForConditionalGeneration(T5Config(vocab_size=31, **sizes))
+    lora = save_lora(
+        tmp_path / "math", base=copy.deepcopy(base), target_modules=["q"], task_type=None
+    )
     with pytest.raises(ValueError, match="no encoder-decoder"):
-        mixed(tmp_path, make, ("q",))
+        moeroute.mix_adapters(base, {"math": lora}, router=XLoRA())
+    assert not base._forward_pre_hooks
+    assert all(isinstance(m, nn.Linear) for name, m in base.named_modules() if name.endswith(".q"))
 
 
 def test_unwrapping_takes_the_hooks_along(tmp_path):

@@ -27,25 +27,16 @@ class RunFirstPass:
     head's logits are handed to the pass. The output embedding is not run.
 
     Args:
-        root: The model, one of transformers' without a decoder beside its encoder.
+        root: The model; `backbone_of` says which will do.
         routing_pass: Its pass.
-
-    Raises:
-        ValueError: The model has no such backbone.
     """
 
     def __init__(self, root: nn.Module, routing_pass: RoutingPass) -> None:
         self.routing_pass = routing_pass
         self.hosts: list[SiteHost] = []
         self.cache: Any = None
-        config, backbone = getattr(root, "config", None), getattr(root, "base_model", None)
-        if not isinstance(backbone, nn.Module) or getattr(config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"{type(root).__name__} has no backbone that answers with one state a token; a "
-                "method of two passes needs a transformers model that is no encoder-decoder"
-            )
         named = inspect.signature(root.forward).parameters
-        known = inspect.signature(backbone.forward).parameters
+        known = inspect.signature(backbone_of(root).forward).parameters
         self.positions = tuple(named)
         self.takes_more = any(p.kind is p.VAR_KEYWORD for p in known.values())
         self.known = frozenset(known)
@@ -96,8 +87,7 @@ class RunFirstPass:
         caches = keeps and (first is not None or (use_cache and not root.training))
         if self.cache_name in self.known:
             passed |= {"use_cache": caches, self.cache_name: first if caches else None}
-        backbone = root.base_model
-        assert isinstance(backbone, nn.Module)
+        backbone = backbone_of(root)
         run = root.forward if backbone is root else backbone
         output = run(**passed, return_dict=True)
         if caches:
@@ -138,6 +128,21 @@ def connect_first_pass(root: nn.Module, routing_pass: RoutingPass) -> None:
     before.hosts = hosts
     root.register_forward_pre_hook(before, with_kwargs=True)
     root.register_forward_hook(KeepFirstCache(before), with_kwargs=True)
+
+
+def backbone_of(root: nn.Module) -> nn.Module:
+    """The part of a model that ends in one state a token.
+
+    Raises:
+        ValueError: It has none, or a decoder beside its encoder.
+    """
+    config, backbone = getattr(root, "config", None), getattr(root, "base_model", None)
+    if not isinstance(backbone, nn.Module) or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(root).__name__} has no backbone that answers with one state a token; a method "
+            "of two passes needs a transformers model that is no encoder-decoder"
+        )
+    return backbone
 
 
 def head_of(module: nn.Module | None) -> FirstPassHead | None:
