@@ -25,6 +25,7 @@ from moeroute.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from moeroute.integration.adapters.expert_lora import fast_expert_lora as fast_expert_lora
+    from moeroute.integration.adapters.few_shot import transfer_skills as transfer_skills
     from moeroute.integration.adapters.files import save_adapter as save_adapter
     from moeroute.integration.adapters.inputs import (
         accept_routing_inputs as accept_routing_inputs,
@@ -68,6 +69,7 @@ __all__ = [
     "routing_inputs",
     "save_adapter",
     "track_routing",
+    "transfer_skills",
     "unwrap_model",
     "wrap_model",
 ]
@@ -88,6 +90,7 @@ def __getattr__(name: str) -> Any:
         "routing_inputs": "adapters.inputs",
         "save_adapter": "adapters.files",
         "track_routing": "track",
+        "transfer_skills": "adapters.few_shot",
         "unwrap_model": "adapters.wrap",
         "wrap_model": "adapters.wrap",
     }.get(name)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from moeroute.layers.kronecker_bank import KroneckerBank
 from moeroute.losses.task_contrast import TaskContrastLoss
-from moeroute.methods.checks import check_adapter_fields, check_tasks
+from moeroute.methods.checks import check_adapter_fields, load_tasks
 from moeroute.methods.parts import linear_mixture
 from moeroute.ops.probs import SoftmaxAt
 from moeroute.routers.composed import ComposedRouter
@@ -46,6 +46,8 @@ class EPT:
     Args:
         num_tasks: How many tasks there are; training asks for task_ids below it while contrast_coef
             is above 0. Inference never asks.
+        task_names: Their names in the order of their ids, saved with the adapter; they then count
+            the tasks.
         r: Rank of the shared matrix.
         scaling: Multiplies the experts' sum.
         lora_dropout: Dropout on the experts' input, in training.
@@ -84,6 +86,7 @@ class EPT:
     site_kind: ClassVar[SiteKind] = "linear"
 
     num_tasks: int = 1
+    task_names: tuple[str, ...] = ()
     r: int = 8
     scaling: float = 1.0
     lora_dropout: float = 0.0
@@ -97,7 +100,7 @@ class EPT:
         """Check every field."""
         object.__setattr__(self, "kernel_sizes", tuple(self.kernel_sizes))
         check_adapter_fields(self)
-        check_tasks(self)
+        load_tasks(self)
         sizes = self.kernel_sizes
         if not sizes or min(sizes) < 1:
             raise ValueError(f"EPT: kernel_sizes={sizes}; give one size of at least 1 an expert")
