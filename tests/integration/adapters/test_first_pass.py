@@ -118,7 +118,7 @@ def test_generates_alike_with_and_without_a_cache(tmp_path, ways):
 
 
 @torch.no_grad()
-def test_copies_crops_and_resets_of_a_cache_hold_for_both_passes(tmp_path):
+def test_copies_crops_orders_and_resets_of_a_cache_hold_for_both_passes(tmp_path):
     model = mixed(tmp_path)
     whole = model(input_ids=IDS).logits
     prompt = model(input_ids=IDS[:, :4], use_cache=True).past_key_values
@@ -129,6 +129,10 @@ def test_copies_crops_and_resets_of_a_cache_hold_for_both_passes(tmp_path):
     cache.crop(-3)
     rest = model(input_ids=IDS[:, 4:], past_key_values=cache).logits
     torch.testing.assert_close(rest, whole[:, 4:])
+    cache, order = copy.deepcopy(prompt), torch.tensor([1, 0])
+    cache.reorder_cache(order)  # as beams do
+    rest = model(input_ids=IDS[order, 4:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, whole[order, 4:])
     static = StaticCache(config=make_base().config, max_cache_len=9)
     model(input_ids=IDS.flip(1), past_key_values=static)
     static.reset()
