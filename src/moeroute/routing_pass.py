@@ -57,6 +57,9 @@ class RoutingPass:
         self.token_mask: Tensor | None = None
         self.samples = SampleInputs()
         self.memory: Memory | None = None
+        self.first_pass: Tensor | None = None
+        self.rehearsing = False
+        self.resting = False
         self._announced: SampleInputs | None = None
         self._standing = SampleInputs()
         self._memories: WeakKeyDictionary[Any, Memory] | None = None
@@ -95,19 +98,22 @@ class RoutingPass:
         self.samples = samples or self._announced or self._standing
         self._announced = None
         self.memory = (self._remembered(cache) or {}) if remembers else None
+        self.first_pass = None
         self.is_open = True
 
     def end(self, *, cache: Any = None) -> None:
         """Close the pass; records stay readable until the next `begin`.
 
-        What routers look at in a recomputation (the mask, the samples) stays until then as well:
-        with activation checkpointing, a forward with other samples must wait for this one's
-        backward.
+        What routers look at in a recomputation (the mask, the samples, what a first pass said)
+        stays until then as well: with activation checkpointing, a forward with other samples must
+        wait for this one's backward.
 
         Args:
             cache: The key-value cache that the call returned, which takes the sites' memory along.
         """
         self.is_open = False
+        if self.memory is not None:
+            self.first_pass = None  # not in training, so nothing will be recomputed
         if self.memory and cache is not None:
             if self._memories is None:  # made late: it cannot be pickled
                 self._memories = WeakKeyDictionary()
@@ -130,6 +136,20 @@ class RoutingPass:
             yield
         finally:
             self._standing = before
+
+    @contextmanager
+    def rehearsal(self, *, resting: bool) -> Iterator[None]:
+        """A first pass of the model inside its forward: no record of it is kept.
+
+        Args:
+            resting: Whether the base modules answer; else the sites do, and their routers are told
+                by a `first_pass` of no columns.
+        """
+        self.rehearsing, self.resting, self.is_open = True, resting, False
+        try:
+            yield
+        finally:
+            self.rehearsing, self.resting, self.is_open = False, False, True
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start with no records: those hold tensors of an autograd graph."""
@@ -184,6 +204,7 @@ class RoutingPass:
             task_ids=_for_batch(self.samples.task_ids, shape[0]),
             sample_embeddings=_for_batch(self.samples.embeddings, shape[0]),
             memory=None if self.memory is None else self.memory.setdefault(site, {}),
+            first_pass=tokens.new_zeros(count, 0) if self.rehearsing else self.first_pass,
         )
 
     def _sequence_shape(self, hidden_states: Tensor, count: int) -> tuple[int, int]:

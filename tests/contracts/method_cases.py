@@ -59,6 +59,15 @@ def permute_moelora(key: str, parameter: torch.Tensor, order: torch.Tensor) -> t
     return permute_experts(key, parameter, order)
 
 
+def permute_head(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The same where a head gives each of several places a logit an expert."""
+    if ".inner." in key:
+        return parameter
+    if ".out." in key:
+        return parameter.unflatten(0, (-1, NUM_EXPERTS))[:, order].flatten(0, 1)
+    return permute_experts(key, parameter, order)
+
+
 def permute_kernels(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """The experts of one kernel size in another order: those of another size are other experts."""
     if ".kernels." in key:
@@ -99,6 +108,7 @@ class MethodCase:
         trains: Whether it has parameters.
         loss_of: (model, batch) to the loss that the method trains on, the same at every call.
         trainer: What makes a Trainer that trains all of the method.
+        first_pass: How many numbers a first pass says of each token, if there is one.
         waits: Whether its experts are frozen and do nothing until adapters fill them.
         permute: (key, parameter, order) to the parameter with its experts in another order.
         exceptions: Name of a test of the suite -> why it cannot hold for this method.
@@ -113,6 +123,7 @@ class MethodCase:
     trains: bool = True
     loss_of: Callable[[torch.nn.Module, Mapping[str, torch.Tensor]], torch.Tensor] = loss_of_output
     trainer: Callable[..., Trainer] = Trainer
+    first_pass: int = 0
     waits: bool = False
     permute: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor] = permute_experts
     exceptions: Mapping[str, str] = field(default_factory=dict)
@@ -219,6 +230,15 @@ CASES: Mapping[str, MethodCase] = MappingProxyType(
             second={"top_k": 1},
             by_task=True,
             waits=True,
+            exceptions=NEEDS_ADAPTERS,
+        ),
+        "xlora": MethodCase(
+            fields={"layerwise": True, "head_depth": 2, "head_width": 8, "head_dropout": 0.0}
+            | EXISTING,
+            second={"top_k": 1},
+            first_pass=NUM_EXPERTS * len(LLAMA_SITES),
+            waits=True,
+            permute=permute_head,
             exceptions=NEEDS_ADAPTERS,
         ),
     }

@@ -62,15 +62,17 @@ def loss_of(name, model, batch):
     return case_of(name).loss_of(model, batch)
 
 
-def tell_tasks(host, name, samples):
-    """Give a layer that is called by itself what its router asks of each sample."""
-    known = with_tasks(name, {"input_ids": torch.zeros(samples, 1)})
+def tell(host, name, x):
+    """Give a layer that is called by itself on x what its router asks of samples and the model."""
+    known = with_tasks(name, {"input_ids": torch.zeros(x.shape[0], 1)})
     host.routing_pass.begin(
         samples=SampleInputs(
             task_ids=known.get("task_ids"), embeddings=known.get("sample_embeddings")
         )
     )
     host.routing_pass.end()
+    if case_of(name).first_pass:
+        host.routing_pass.first_pass = torch.zeros(x[..., 0].numel(), case_of(name).first_pass)
 
 
 def checkpoint_layers(model, settings):
@@ -350,8 +352,9 @@ def test_no_tokens_no_trouble(name, make_llama):
     host = next(module for module in model.modules() if isinstance(module, SiteHost))
     shapes = [(0, 5, 32), (2, 0, 32)]
     for shape in shapes if case_of(name).by_task else [*shapes, (0, 32)]:
-        tell_tasks(host, name, shape[0])
-        out = host(torch.zeros(shape, requires_grad=True))
+        x = torch.zeros(shape, requires_grad=True)
+        tell(host, name, x)
+        out = host(x)
         assert out.shape[:-1] == shape[:-1]
         out.sum().backward()
 
@@ -362,8 +365,9 @@ def test_strided_and_expanded_inputs(name, make_llama):
     token = torch.randn(1, 1, 32)
     expanded = token.expand(2, 3, 32)
     strided = torch.randn(2, 32, 5).transpose(1, 2)
-    tell_tasks(host, name, 2)
+    tell(host, name, expanded)
     torch.testing.assert_close(host(expanded), host(expanded.contiguous()))
+    tell(host, name, strided)
     torch.testing.assert_close(host(strided), host(strided.contiguous()))
 
 

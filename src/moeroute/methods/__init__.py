@@ -19,6 +19,7 @@ from moeroute.methods.registry import get_method as get_method
 from moeroute.methods.registry import list_methods as list_methods
 from moeroute.methods.remix import ReMix as ReMix
 from moeroute.methods.smora import SMoRA as SMoRA
+from moeroute.methods.xlora import XLoRA as XLoRA
 
 __all__ = [
     "EPT",
@@ -38,6 +39,7 @@ __all__ = [
     "Poly",
     "ReMix",
     "SMoRA",
+    "XLoRA",
     "get_method",
     "list_methods",
 ]

@@ -23,6 +23,7 @@ from moeroute.methods.phatgoose import PHATGOOSE
 from moeroute.methods.poly import Poly
 from moeroute.methods.remix import ReMix
 from moeroute.methods.smora import SMoRA
+from moeroute.methods.xlora import XLoRA
 from moeroute.types import Method
 
 METHODS: dict[str, type[Method]] = {
@@ -43,6 +44,7 @@ METHODS: dict[str, type[Method]] = {
     "poly": Poly,
     "remix": ReMix,
     "smora": SMoRA,
+    "xlora": XLoRA,
 }
 
 

@@ -18,6 +18,11 @@ def softmax_probs(router_logits: Tensor) -> Tensor:
     return torch.softmax(router_logits, dim=-1)
 
 
+def raw_logits(router_logits: Tensor) -> Tensor:
+    """The logits as they are: what a router says that weighs freely, below 0 as well."""
+    return router_logits
+
+
 def sigmoid_probs(router_logits: Tensor) -> Tensor:
     """Sigmoid of each expert's logit by itself: in (0, 1), rows sum to anything."""
     return torch.sigmoid(router_logits)

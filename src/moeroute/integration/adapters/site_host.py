@@ -75,7 +75,7 @@ class SiteHost(nn.Module, BaseTunerLayer):
 
     def active_module(self) -> nn.Module | None:
         """What answers here now; None if the base does."""
-        if self.disable_adapters:
+        if self.disable_adapters or self.routing_pass.resting:
             return None
         for name in self.active_adapters:
             if name in self.moeroute_site:

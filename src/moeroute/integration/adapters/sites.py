@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from moeroute.layers.lora_ffn import feed_forward
@@ -80,6 +81,7 @@ def make_site(model: nn.Module, name: str, module: nn.Module, kind: SiteKind) ->
         out_features=own[1],
         parts=parts,
         widths=widths,
+        hidden_size=_hidden_size(model),
     )
 
 
@@ -214,6 +216,13 @@ def _check_no_dropout(site: Site) -> None:
 def _layer_index(name: str) -> int:
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(found.group(1)) if found else -1
+
+
+def _hidden_size(model: nn.Module) -> int:
+    config = getattr(model, "config", None)
+    if isinstance(config, PreTrainedConfig):
+        return getattr(config.get_text_config(decoder=True), "hidden_size", 0)
+    return 0
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:
