@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from moeroute.integration.adapters.wrap import wrap_model as wrap_model
     from moeroute.integration.callback import RoutingCallback as RoutingCallback
     from moeroute.integration.doctor import doctor as doctor
+    from moeroute.integration.own_models import connect_layers as connect_layers
     from moeroute.integration.policy_gradient_trainer import (
         PolicyGradientMixin as PolicyGradientMixin,
     )
@@ -55,6 +56,7 @@ __all__ = [
     "__version__",
     "accept_routing_inputs",
     "aux_losses",
+    "connect_layers",
     "doctor",
     "fast_expert_lora",
     "get_method",
@@ -83,6 +85,7 @@ def __getattr__(name: str) -> Any:
         "PostStepCallback": "post_step_callback",
         "RoutingCallback": "callback",
         "accept_routing_inputs": "adapters.inputs",
+        "connect_layers": "own_models",
         "doctor": "doctor",
         "fast_expert_lora": "adapters.expert_lora",
         "merge": "adapters.merge",
