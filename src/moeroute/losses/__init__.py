@@ -1,6 +1,7 @@
 """Auxiliary losses: pure functions of what a layer routed."""
 
 from moeroute.losses.balance import BalanceLoss as BalanceLoss
+from moeroute.losses.coupling import ERCLoss as ERCLoss
 from moeroute.losses.importance import ImportanceLoss as ImportanceLoss
 from moeroute.losses.policy_gradient import rloo_surrogate as rloo_surrogate
 from moeroute.losses.preserve import PreserveLoss as PreserveLoss
@@ -12,6 +13,7 @@ from moeroute.losses.z import ZLoss as ZLoss
 
 __all__ = [
     "BalanceLoss",
+    "ERCLoss",
     "ImportanceLoss",
     "LossReport",
     "PreserveLoss",
