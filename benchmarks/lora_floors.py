@@ -21,7 +21,11 @@ def judge_lora(rows: Sequence[Row]) -> list[Verdict]:
     Args:
         rows: Of one run.
     """
-    return [*_mixture(rows), *_expert_lora(rows)]
+    return [
+        *_mixture(rows),
+        *_expert_lora(rows, "grouped_lora", "rebuilt", "the rebuilt stack"),
+        *_expert_lora(rows, "expert_lora", "peft", "PEFT's target_parameters"),
+    ]
 
 
 def _mixture(rows: Sequence[Row]) -> list[Verdict]:
@@ -39,31 +43,30 @@ def _mixture(rows: Sequence[Row]) -> list[Verdict]:
     ]
 
 
-def _expert_lora(rows: Sequence[Row]) -> list[Verdict]:
-    """LoRA on experts against the stack that is rebuilt with every delta."""
+def _expert_lora(rows: Sequence[Row], op: str, peer: str, words: str) -> list[Verdict]:
+    """LoRA on experts against stacks that are rebuilt with every delta."""
     trained = {
         row.label: 1 / ratio
         for row in rows
-        if row.key[:2] == ("grouped_lora", "fwd_bwd")
+        if row.key[:2] == (op, "fwd_bwd")
         and row.key[2:4] in EXPERT_LORA_FLOOR_CASES
-        and (ratio := row.over("rebuilt"))
+        and (ratio := row.over(peer))
     }
     decoded = {
         row.label: 1 / ratio
         for row in rows
-        if row.key[:4] == ("grouped_lora", "fwd", EXPERT_LORA_DECODE_SHAPE, 1)
-        and (ratio := row.over("rebuilt"))
+        if row.key[:4] == (op, "fwd", EXPERT_LORA_DECODE_SHAPE, 1) and (ratio := row.over(peer))
     }
     few = max(tokens for _, tokens in EXPERT_LORA_FLOOR_CASES)
     return [
         all_above(
-            f"grouped_lora, fwd_bwd at T <= {few}: >= {REBUILT_SPEEDUP:.0f}x the rebuilt stack",
+            f"{op}, fwd_bwd at T <= {few}: >= {REBUILT_SPEEDUP:.0f}x {words}",
             trained,
             REBUILT_SPEEDUP,
         ),
         all_above(
-            f"grouped_lora, fwd of one token at {EXPERT_LORA_DECODE_SHAPE}: "
-            f">= {DECODE_SPEEDUP:.0f}x the rebuilt stack",
+            f"{op}, fwd of one token at {EXPERT_LORA_DECODE_SHAPE}: >= {DECODE_SPEEDUP:.0f}x "
+            f"{words}",
             decoded,
             DECODE_SPEEDUP,
         ),

@@ -30,12 +30,14 @@ class Arm:
         multiple: The rank is a multiple of it.
         by_policy: Whether its router learns by policy gradient.
         mixes: Whether it mixes two adapters that were trained before, one a domain.
+        labelled: Whether training tells the domain of each row.
     """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
     multiple: int = 1
     by_policy: bool = False
     mixes: bool = False
+    labelled: bool = True
 
 
 ARMS: Mapping[str, Arm] = MappingProxyType(
@@ -43,9 +45,9 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
         "adamole": Arm(FOUR),
         "arrow": Arm({"top_k": 2}, mixes=True),
         "dynmole": Arm(FOUR),
-        "ept": Arm({}),
+        "ept": Arm(TASKS),
         "hydralora": Arm(FOUR),
-        "lora_mixer": Arm({}, mixes=True),
+        "lora_mixer": Arm({"top_k": 2}, mixes=True, labelled=False),
         "loramoe": Arm(FOUR),
         "mhr": Arm(TASKS),
         "mixlora": Arm(TWO_OF_FOUR),

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from compare_arms import ARMS, PLAIN, build, rank_for, train_experts, trainable
+from compare_arms import ARMS, PLAIN, Arm, build, rank_for, train_experts, trainable
 from compare_training import Domains, Recipe, fit, loss_on, step_ratio, usage_of
 from demo_model import BaseSettings, make_checkpoint, pack
 from demo_report import console, peak_memory
@@ -116,27 +116,27 @@ def run(
 ) -> dict:
     """Train and measure one arm with one seed."""
     domains = Domains.load(options.out / "rows.pt")
-    recipe = Recipe(options.steps, options.batch_size, rate, seed)
-    mixes, by_policy = name != PLAIN and ARMS[name].mixes, name != PLAIN and ARMS[name].by_policy
+    arm = ARMS.get(name, Arm())
+    recipe = Recipe(options.steps, options.batch_size, rate, seed, arm.labelled)
     experts = {}
-    if mixes:
+    if arm.mixes:
         alone = Recipe(options.steps // 2, options.batch_size, rate, seed)
         folder = options.out / "experts"
         experts = in_new_process(train_experts, base, rank, domains, alone, folder)
     torch.manual_seed(seed)
     model = build(name, base, rank, experts)
     parameters = trainable(model)
-    if mixes:
+    if arm.mixes:
         parameters += 2 * trainable(build(PLAIN, base, rank, {}))
     before = peak_memory()
-    fit(model, domains, recipe, by_policy=by_policy)
+    fit(model, domains, recipe, by_policy=arm.by_policy)
     memory = peak_memory() - before
     losses = [loss_on(model, rows, task) for task, rows in enumerate(domains.heldout)]
     kept_back = mean(loss_on(model, rows, task) for task, rows in enumerate(domains.kept_back))
     ratio = None
     if trainable(model):
         plain = build(PLAIN, base, options.rank, {})
-        ratio = step_ratio(model, plain, domains, recipe, by_policy=by_policy)
+        ratio = step_ratio(model, plain, domains, recipe, by_policy=arm.by_policy)
     return {
         "rate": rate,
         "rank": rank,

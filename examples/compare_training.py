@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import moeroute
+from moeroute.layers.averaged_bank import AveragedLoRABank
 from moeroute.layers.routed import routing_passes
 from moeroute.ops.gates import expert_table
 from moeroute.types import RoutingRecord
@@ -37,16 +38,20 @@ class Domains:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps, rows a step (half of each domain), the peak learning rate and the seed."""
+    """Steps, rows a step (half of each domain), the peak learning rate and the seed.
+
+    Training tells the domain of each row where it is `labelled`.
+    """
 
     steps: int
     batch_size: int
     rate: float
     seed: int
+    labelled: bool = True
 
 
 def batches(domains: Domains, recipe: Recipe, only: int | None = None) -> Iterator[dict]:
-    """One batch a step, half of each domain or `only` one: ids, labels and each row's domain."""
+    """One batch a step, half of each domain or `only` one: ids, labels, the rows' domains."""
     order = torch.Generator().manual_seed(recipe.seed)
     tasks = (0, 1) if only is None else (only,)
     count = recipe.batch_size // len(tasks)
@@ -56,11 +61,10 @@ def batches(domains: Domains, recipe: Recipe, only: int | None = None) -> Iterat
             for task in tasks
         ]
         ids = torch.cat(rows)
-        yield {
-            "input_ids": ids,
-            "labels": ids,
-            "task_ids": torch.tensor(tasks).repeat_interleave(count),
-        }
+        batch = {"input_ids": ids, "labels": ids}
+        if recipe.labelled:
+            batch["task_ids"] = torch.tensor(tasks).repeat_interleave(count)
+        yield batch
 
 
 def loss_of(model: nn.Module, batch: dict, *, by_policy: bool) -> Tensor:
@@ -124,6 +128,8 @@ class Usage:
         table = expert_table(
             routing.selected_experts, routing.routing_weights, routing.num_experts
         ).double()
+        if isinstance(record.experts, AveragedLoRABank):
+            table = table.unflatten(1, (record.experts.heads, -1)).mean(1)
         total = table.sum(1).clamp(min=1e-12)
         self.per_token.append((total**2 / (table**2).sum(1).clamp(min=1e-12)).mean().item())
         share = table.sum(0) / table.sum().clamp(min=1e-12)
@@ -153,7 +159,7 @@ def step_ratio(
     by_policy: bool,
 ) -> float:
     """Seconds of one training step over those of plain LoRA: median of rounds in turns."""
-    (batch,) = batches(domains, Recipe(1, recipe.batch_size, recipe.rate, recipe.seed))
+    (batch,) = batches(domains, replace(recipe, steps=1))
     ratios = []
     for _ in range(3 + recipe.steps // 10):
         seconds = []

@@ -71,6 +71,7 @@ def test_python_blocks_run_one_after_the_other(
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= 4
     replaced = 0
+    make_lora_adapters(tmp_path / "adapters")
     names: dict[str, object] = {}
     for block in blocks:
         for hub_id, folder in tiny_checkpoints(tmp_path).items():
@@ -78,8 +79,11 @@ def test_python_blocks_run_one_after_the_other(
             block = block.replace(hub_id, folder)
         exec(compile(block, "README.md", "exec"), names)
     assert replaced == 3
+    assert (tmp_path / "mixed" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     assert (tmp_path / "routing.png").is_file()
+    for name in ("mixture", "plain", "expert-adapter"):
+        assert (tmp_path / name / "adapter_model.safetensors").is_file()
 
 
 def tiny_checkpoints(folder: Path) -> dict[str, str]:
@@ -103,3 +107,15 @@ def tiny_checkpoints(folder: Path) -> dict[str, str]:
     for hub_id, model in made.items():
         model.save_pretrained(folder / hub_id)
     return {hub_id: str(folder / hub_id) for hub_id in made}
+
+
+def make_lora_adapters(folder: Path) -> None:
+    """Two LoRA adapters of PEFT for the dense stand-in, of different rank and targets."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_checkpoints(folder)["HuggingFaceTB/SmolLM2-135M"]
+    for name, rank, targets in (("math", 4, ["q_proj"]), ("code", 2, ["q_proj", "up_proj"])):
+        model = AutoModelForCausalLM.from_pretrained(base)
+        config = LoraConfig(r=rank, target_modules=targets, init_lora_weights=False)
+        get_peft_model(model, config).save_pretrained(folder / name)

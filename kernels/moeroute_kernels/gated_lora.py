@@ -18,14 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from moeroute_kernels import lora_dense, lora_sorted
+from moeroute_kernels import lora_dense, lora_form, lora_sorted
 from moeroute_kernels.lora_form import check_sizes, dense_is_faster, runs_dense
 
 __all__ = ["gated_lora"]
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def gated_lora(
@@ -87,23 +84,13 @@ def _without_autocast(
     scaling: float,
 ) -> Tensor:
     inputs = (base, x, lora_a, lora_b, ids, weights, scaling)
-    if not _runs_directly(x) or type(lora_a) not in _PLAIN:
+    if not (lora_form.runs_directly(x) and lora_form.is_plain(lora_a)):
         return torch.ops.moeroute.gated_lora.default(*inputs)[0]
     if dense_is_faster(lora_a, *sizes):
         out = lora_dense.forward_if_filled(*inputs, _compute_dtype(lora_a))
         if out is not None:
             return out
     return _Direct.apply(*inputs) if torch.is_grad_enabled() else plain_forward(*inputs)[0]
-
-
-def _runs_directly(tensor: Tensor) -> bool:
-    """Tell whether nobody watches or traces a CPU tensor, so that dispatch may be left out.
-
-    Dispatch and the autograd of a custom op cost 0.2 ms, as much as all the products of 64 tokens
-    over 32 ranks. Only on a CPU: another device may have a kernel of its own under the op's name.
-    """
-    watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-    return not watched and tensor.is_cpu and type(tensor) in _PLAIN
 
 
 def _compute_dtype(lora_a: Tensor) -> torch.dtype:
@@ -241,7 +228,7 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
         return grad, *(None,) * 6
     x, middle, plan, lora_a, lora_b, ids, weights = ctx.saved_tensors
     inputs = (grad, x, middle, plan, lora_a, lora_b, ids, weights, ctx.scaling, needs)
-    if _runs_directly(grad):
+    if lora_form.runs_directly(grad):
         grads = _gradients(form_of(lora_a, ids), *inputs)
     else:
         found = torch.ops.moeroute.gated_lora_backward.default(*inputs)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moeroute_kernels import lora_dense, lora_form
 from moeroute_kernels.grouped_mm import grouped_mm
 
 __all__ = ["grouped_lora", "virtual_experts"]
@@ -30,7 +31,9 @@ def grouped_lora(
 
     Two grouped products and one sum, each differentiable: gradients reach base, x, lora_a and
     lora_b, those that are asked for; an expert without rows gets a zero gradient. Kept for backward
-    are x and A x (N, R). Deterministic; with lora_b at zero the result equals base bit for bit.
+    are x and A x (N, R). On a CPU few rows take the dense form of `gated_lora` instead, two
+    products over all E * R ranks. Deterministic; with lora_b at zero the result equals base bit for
+    bit.
 
     Args:
         base: (N, O), what the frozen experts answered.
@@ -56,9 +59,31 @@ def grouped_lora(
             f"grouped_lora: base {tuple(base.shape)} must be {(x.shape[0], lora_b.shape[1])}, one "
             "row per row of x, as wide as lora_b"
         )
+    dense = _dense(base, x, lora_a, lora_b, expert_offsets, scaling)
+    if dense is not None:
+        return dense
+    if 1 not in lora_b.stride()[1:]:  # each expert's product would copy its matrix
+        lora_b = lora_b.contiguous()
     delta = grouped_mm(grouped_mm(x, lora_a, expert_offsets), lora_b, expert_offsets)
     wide = torch.promote_types(torch.promote_types(base.dtype, delta.dtype), torch.float32)
     return torch.add(base.to(wide), delta, alpha=scaling).to(base.dtype)
+
+
+def _dense(
+    base: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ends: Tensor, scaling: float
+) -> Tensor | None:
+    """The dense form, or None where it is slower, or cannot be had: rows past the last expert."""
+    rows, tensors = x.shape[0], (base, x, lora_a, lora_b)
+    if not (lora_form.runs_directly(x) and all(map(lora_form.is_plain, tensors))):
+        return None
+    if torch.is_autocast_enabled("cpu") or x.dtype == torch.float16 or lora_a.dtype != x.dtype:
+        return None
+    if not (rows and lora_form.dense_rows_are_faster(lora_a, rows, base.shape[1])):
+        return None
+    places = torch.arange(rows, dtype=ends.dtype)
+    ids = torch.searchsorted(ends, places, right=True).unsqueeze(1)
+    pairs = (lora_a, lora_b.transpose(0, 1))
+    return lora_dense.forward_if_filled(base, x, *pairs, ids, x.new_ones(rows, 1), scaling, x.dtype)
 
 
 def virtual_experts(

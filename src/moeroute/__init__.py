@@ -24,17 +24,21 @@ from moeroute.methods import list_methods as list_methods
 from moeroute.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from moeroute.integration.adapters.expert_lora import fast_expert_lora as fast_expert_lora
+    from moeroute.integration.adapters.few_shot import transfer_skills as transfer_skills
     from moeroute.integration.adapters.files import save_adapter as save_adapter
     from moeroute.integration.adapters.inputs import (
         accept_routing_inputs as accept_routing_inputs,
     )
     from moeroute.integration.adapters.inputs import routing_inputs as routing_inputs
+    from moeroute.integration.adapters.merge import merge as merge
     from moeroute.integration.adapters.mix import mix_adapters as mix_adapters
     from moeroute.integration.adapters.peft_method import MoeRouteConfig as MoeRouteConfig
     from moeroute.integration.adapters.wrap import unwrap_model as unwrap_model
     from moeroute.integration.adapters.wrap import wrap_model as wrap_model
     from moeroute.integration.callback import RoutingCallback as RoutingCallback
     from moeroute.integration.doctor import doctor as doctor
+    from moeroute.integration.own_models import connect_layers as connect_layers
     from moeroute.integration.policy_gradient_trainer import (
         PolicyGradientMixin as PolicyGradientMixin,
     )
@@ -52,11 +56,14 @@ __all__ = [
     "__version__",
     "accept_routing_inputs",
     "aux_losses",
+    "connect_layers",
     "doctor",
+    "fast_expert_lora",
     "get_method",
     "layers",
     "list_methods",
     "losses",
+    "merge",
     "mix_adapters",
     "policy_gradient_loss",
     "post_step",
@@ -64,6 +71,7 @@ __all__ = [
     "routing_inputs",
     "save_adapter",
     "track_routing",
+    "transfer_skills",
     "unwrap_model",
     "wrap_model",
 ]
@@ -77,11 +85,15 @@ def __getattr__(name: str) -> Any:
         "PostStepCallback": "post_step_callback",
         "RoutingCallback": "callback",
         "accept_routing_inputs": "adapters.inputs",
+        "connect_layers": "own_models",
         "doctor": "doctor",
+        "fast_expert_lora": "adapters.expert_lora",
+        "merge": "adapters.merge",
         "mix_adapters": "adapters.mix",
         "routing_inputs": "adapters.inputs",
         "save_adapter": "adapters.files",
         "track_routing": "track",
+        "transfer_skills": "adapters.few_shot",
         "unwrap_model": "adapters.wrap",
         "wrap_model": "adapters.wrap",
     }.get(name)

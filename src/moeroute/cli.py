@@ -1,4 +1,4 @@
-"""The command line: `moeroute methods | doctor | inspect | bench`.
+"""The command line: `moeroute methods | doctor | inspect | convert | bench`.
 
 What needs transformers, PEFT or matplotlib is imported inside the commands, so that help is quick.
 """
@@ -155,6 +155,32 @@ def inspect(
             origin = {"checkpoint": checkpoint, "adapter": adapter, "text": str(text)}
             json_file.write_text(json.dumps({**origin, **stats.to_dict()}, indent=1) + "\n")
             typer.echo(f"wrote {json_file}")
+
+
+@app.command()
+def convert(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a saved adapter.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder to write; must be new or empty.")
+    ],
+    *,
+    to: Annotated[
+        str,
+        typer.Option(
+            help="peft: a plain LoRA for each expert (or task) of a mixture over linears. vllm: a "
+            "LoRA on stacked experts (target_parameters) as LoRA on each expert's own modules."
+        ),
+    ] = "peft",
+    base: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the base; default: what ADAPTER names.")
+    ] = None,
+) -> None:
+    """Write an adapter as plain LoRA that serves elsewhere; the base's weights are not needed."""
+    with _user_errors():
+        from moeroute.integration.adapters.convert import convert_adapter
+
+        for folder in convert_adapter(adapter, directory, to=to, base=base):
+            typer.echo(f"wrote {folder}")
 
 
 @app.command(

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from moeroute.state_chain import StateChain
 from moeroute.types import RouterInput
 
 if TYPE_CHECKING:
@@ -42,50 +43,6 @@ class SampleInputs:
     embeddings: Tensor | None = None
 
 
-class StateChain:
-    """What recurrent routers hand from layer to layer, for one forward.
-
-    A recomputation under activation checkpointing goes through the layers backwards, so what each
-    layer was handed is kept until the next forward.
-    """
-
-    def __init__(self) -> None:
-        self.latest: Tensor | None = None
-        self._handed: dict[str, tuple[Tensor | None, bool]] = {}
-        self._visited_twice: set[str] = set()
-
-    def before(self, site: str, *, first_time: bool) -> Tensor | None:
-        """The state that the layer before `site` handed on.
-
-        Args:
-            site: Name of the layer that asks.
-            first_time: True in the forward, False in a recomputation.
-
-        Raises:
-            RuntimeError: In a recomputation, if the state has lost its graph or is not known.
-        """
-        if first_time:
-            if site in self._handed:
-                self._visited_twice.add(site)
-            self._handed[site] = (self.latest, torch.is_grad_enabled())
-            return self.latest
-        state, had_graph = self._handed.get(site, (None, True))
-        if state is None:
-            return None
-        if torch.is_grad_enabled() and not had_graph:
-            raise RuntimeError(
-                f"{site}: the state of the layer before has no gradient: reentrant activation "
-                "checkpointing runs the layers without a graph, and the gradients of a recurrent "
-                'router would be wrong. Use gradient_checkpointing_kwargs={"use_reentrant": False}'
-            )
-        if site in self._visited_twice:
-            raise RuntimeError(
-                f"{site} ran twice in one forward, so that a recomputation does not know which "
-                "state it was handed; switch activation checkpointing off for a recurrent router"
-            )
-        return state
-
-
 class RoutingPass:
     """The records of the current forward pass and the side inputs that routers need.
 
@@ -101,6 +58,9 @@ class RoutingPass:
         self.token_mask: Tensor | None = None
         self.samples = SampleInputs()
         self.memory: Memory | None = None
+        self.first_pass: Tensor | None = None
+        self.rehearsing = False
+        self.resting = False
         self._announced: SampleInputs | None = None
         self._standing = SampleInputs()
         self._memories: WeakKeyDictionary[Any, Memory] | None = None
@@ -147,19 +107,22 @@ class RoutingPass:
         self.samples = samples or self._announced or self._standing
         self._announced = None
         self.memory = (self._remembered(cache) or {}) if remembers else None
+        self.first_pass = None
         self.is_open = True
 
     def end(self, *, cache: Any = None) -> None:
         """Close the pass; records stay readable until the next `begin`.
 
-        What routers look at in a recomputation (the mask, the samples) stays until then as well:
-        with activation checkpointing, a forward with other samples must wait for this one's
-        backward.
+        What routers look at in a recomputation (the mask, the samples, what a first pass said)
+        stays until then as well: with activation checkpointing, a forward with other samples must
+        wait for this one's backward.
 
         Args:
             cache: The key-value cache that the call returned, which takes the sites' memory along.
         """
         self.is_open = False
+        if self.memory is not None:
+            self.first_pass = None  # not in training, so nothing will be recomputed
         if self.memory and cache is not None:
             if self._memories is None:  # made late: it cannot be pickled
                 self._memories = WeakKeyDictionary()
@@ -182,6 +145,20 @@ class RoutingPass:
             yield
         finally:
             self._standing = before
+
+    @contextmanager
+    def rehearsal(self, *, resting: bool) -> Iterator[None]:
+        """A first pass of the model inside its forward: no record of it is kept.
+
+        Args:
+            resting: Whether the base modules answer; else the sites do, and their routers are told
+                by a `first_pass` of no columns.
+        """
+        self.rehearsing, self.resting, self.is_open = True, resting, False
+        try:
+            yield
+        finally:
+            self.rehearsing, self.resting, self.is_open = False, False, True
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start with no records: those hold tensors of an autograd graph."""
@@ -237,6 +214,7 @@ class RoutingPass:
             sample_embeddings=_for_batch(self.samples.embeddings, shape[0]),
             memory=None if self.memory is None else self.memory.setdefault(site, {}),
             state=self._states.before(site, first_time=self.is_open) if self.rooted else None,
+            first_pass=tokens.new_zeros(count, 0) if self.rehearsing else self.first_pass,
         )
 
     def hand_on(self, site: str, state: Tensor) -> None:

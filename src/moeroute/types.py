@@ -29,6 +29,8 @@ class RouterInput:
             instruction.
         memory: What this site keeps from the first call of a generation to the last; None where no
             cache is in use and in training.
+        first_pass: (T, P) what a head read off a first pass of the whole model; P = 0 during that
+            pass, None where there is none.
         state: (T, S_r) what the previous routed layer handed on.
     """
 
@@ -39,6 +41,7 @@ class RouterInput:
     task_ids: Tensor | None = None
     sample_embeddings: Tensor | None = None
     memory: MutableMapping[str, Tensor] | None = None
+    first_pass: Tensor | None = None
     state: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -250,6 +253,7 @@ class Site:
         parts: Role -> attribute name of submodules, for an MLP: "gate", "up", "down", "act".
         widths: Role -> (in_features, out_features) of the linears in `parts`.
         gate: What the gate does; None for other kinds.
+        hidden_size: Width of the states that the host ends in, 0 if unknown.
     """
 
     name: str
@@ -262,6 +266,7 @@ class Site:
     parts: Mapping[str, str] = field(default_factory=dict)
     widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     gate: GateForm | None = None
+    hidden_size: int = 0
 
 
 @runtime_checkable

@@ -3,6 +3,8 @@
 import math
 from dataclasses import replace
 
+import pytest
+
 from benchmarks.cases import AGAIN, OURS
 from benchmarks.floors import Verdict, judge, noise, rows_of
 from benchmarks.lora_floors import judge_lora
@@ -28,7 +30,7 @@ def row(**ratios: float) -> list[Record]:
 def verdicts(records: list[Record]) -> dict[str, Verdict]:
     words = ("definition", "mean", "1.10", "eager", "saved", "gated_lora")
     found = dict(zip(words, judge(records), strict=True))
-    words = ("of plain LoRA", "of a loop", "rebuilt", "decode")
+    words = ("of plain LoRA", "of a loop", "rebuilt", "decode", "peft", "peft decode")
     return found | dict(zip(words, judge_lora(rows_of(records)), strict=True))
 
 
@@ -43,6 +45,8 @@ def test_a_run_that_keeps_every_promise():
         "of a loop": None,
         "rebuilt": None,
         "decode": None,
+        "peft": None,
+        "peft decode": None,
     }
     assert "0.900 over 1 rows" in seen["mean"].line
     assert "20.0x" in seen["eager"].line
@@ -100,22 +104,30 @@ def test_the_mixture_has_no_slack_but_noise_is_told():
 
 def test_other_shapes_tell_nothing_about_the_promises():
     seen = verdicts([replace(record, shape_name="tiny") for record in row(grouped_mm=2.0)])
-    assert [verdict.kept for verdict in seen.values()] == [True] + [None] * 9
+    assert [verdict.kept for verdict in seen.values()] == [True] + [None] * 11
 
 
-def expert_lora(mode: str, shape: str, tokens: int, ratio: float) -> list[Record]:
-    ours = replace(ROW, op="grouped_lora", mode=mode, shape_name=shape, tokens=tokens)
-    return [ours, replace(ours, provider="rebuilt", ours_over_it=ratio, p50_ms=1 / ratio)]
+@pytest.mark.parametrize(
+    ("op", "peer", "trained", "decoded"),
+    [
+        ("grouped_lora", "rebuilt", "rebuilt", "decode"),
+        ("expert_lora", "peft", "peft", "peft decode"),
+    ],
+)
+def test_lora_on_experts_is_judged_against_rebuilt_stacks(
+    op: str, peer: str, trained: str, decoded: str
+):
+    def pair(mode: str, shape: str, tokens: int, ratio: float) -> list[Record]:
+        ours = replace(ROW, op=op, mode=mode, shape_name=shape, tokens=tokens)
+        return [ours, replace(ours, provider=peer, ours_over_it=ratio, p50_ms=1 / ratio)]
 
-
-def test_lora_on_experts_is_judged_against_the_rebuilt_stack():
-    kept = expert_lora("fwd_bwd", "E8k2-r16", 256, 0.49) + expert_lora("fwd", "E32k4-r16", 1, 0.12)
+    kept = pair("fwd_bwd", "E8k2-r16", 256, 0.49) + pair("fwd", "E32k4-r16", 1, 0.12)
     seen = verdicts(kept)
-    assert (seen["rebuilt"].kept, seen["decode"].kept) == (True, True)
-    late = expert_lora("fwd_bwd", "E64k8-r16", 16, 0.51) + expert_lora("fwd", "E32k4-r16", 1, 0.13)
+    assert (seen[trained].kept, seen[decoded].kept) == (True, True)
+    late = pair("fwd_bwd", "E64k8-r16", 16, 0.51) + pair("fwd", "E32k4-r16", 1, 0.13)
     seen = verdicts(kept + late)
-    assert (seen["rebuilt"].kept, seen["decode"].kept) == (False, False)
-    assert seen["rebuilt"].misses == ("1.96x  grouped_lora fwd_bwd E64k8-r16 T=16 fp32 uniform",)
+    assert (seen[trained].kept, seen[decoded].kept) == (False, False)
+    assert seen[trained].misses == (f"1.96x  {op} fwd_bwd E64k8-r16 T=16 fp32 uniform",)
 
 
 def test_who_raised_has_no_answer():

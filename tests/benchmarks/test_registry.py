@@ -19,6 +19,7 @@ SMALL = {
     "gated_lora": ("E4k2r8",),
     "lora_mixture": ("E8k2r16",),
     "grouped_lora": ("tiny-r2", "tiny-r2a3"),
+    "expert_lora": ("tiny-r2",),
 }
 THREE = ("eager", "batched_mm", "grouped_mm")
 NEED_A_DEVICE = ("liger", "scattermoe")
@@ -94,6 +95,7 @@ def test_the_peers_are_those_of_the_promise():
         "gated_lora": {"naive_loop", "masked_loop", "grouped", "dense_stacked"},
         "lora_mixture": {"masked_loop"},
         "grouped_lora": {"rebuilt", "masked_loop"},
+        "expert_lora": {"peft"},
     }
 
 

@@ -59,6 +59,17 @@ def test_lora_on_experts_by_hand():
     assert least_seconds(forward, FREE_PRODUCTS) == 2 * moved
 
 
+def test_a_layer_with_lora_on_its_experts_by_hand():
+    # 1 token, 2 slots of 4 experts of 32 -> 2 * 16 and 16 -> 32, rank 2
+    forward, both = (lora("expert_lora", mode, "tiny-r2", 1) for mode in ("fwd", "fwd_bwd"))
+    matrix, pairs = 3 * 32 * 16, 2 * (32 + 32) + 2 * (16 + 32)
+    assert operations(forward.key) == 2 * 2 * (matrix + pairs)
+    assert operations(both.key) == 2 * 2 * (2 * matrix + 3 * pairs)
+    # x and y, the activated row written and read, the row of each slot likewise
+    moved = 2 * 32 + 2 * 2 * (16 + 32) + 2 * (matrix + pairs)
+    assert least_seconds(forward, FREE_PRODUCTS) == 2 * moved
+
+
 def test_only_times_have_a_limit():
     rows = [row(mode, "tiny", 4) for mode in ("fwd", "fwd_bwd", "mem", "launches", "graph")]
     found = limits(rows, {"bf16": Ceiling(flops=1e12, bytes=1e12)})

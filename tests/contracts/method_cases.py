@@ -59,6 +59,25 @@ def permute_moelora(key: str, parameter: torch.Tensor, order: torch.Tensor) -> t
     return permute_experts(key, parameter, order)
 
 
+def permute_head(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The same where a head gives each of several places a logit an expert."""
+    if ".inner." in key:
+        return parameter
+    if ".out." in key:
+        return parameter.unflatten(0, (-1, NUM_EXPERTS))[:, order].flatten(0, 1)
+    return permute_experts(key, parameter, order)
+
+
+def permute_kernels(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The experts of one kernel size in another order: those of another size are other experts."""
+    if ".kernels." in key:
+        return parameter.flip(0)
+    if ".meta_" in key:
+        return parameter
+    order = torch.tensor([1, 0, 3, 2])
+    return parameter[:, order] if key.endswith("task_embeddings") else parameter[order]
+
+
 def seeded_loss(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The loss of a method that draws in training, with the same draw at every call."""
     torch.manual_seed(11)
@@ -82,11 +101,14 @@ class MethodCase:
     Attributes:
         fields: Of the small method.
         second: Fields that another small method of the kind has.
+        embedding_dim: Width of the embeddings of samples that its routers need; 0 for none.
+        prepare: What a fresh model needs before its routers can work.
         by_task: Whether its routers or losses need task_ids.
         num_tasks: How many task ids it knows.
         trains: Whether it has parameters.
         loss_of: (model, batch) to the loss that the method trains on, the same at every call.
         trainer: What makes a Trainer that trains all of the method.
+        first_pass: How many numbers a first pass says of each token, if there is one.
         waits: Whether its experts are frozen and do nothing until adapters fill them.
         permute: (key, parameter, order) to the parameter with its experts in another order.
         exceptions: Name of a test of the suite -> why it cannot hold for this method.
@@ -95,15 +117,26 @@ class MethodCase:
     fields: Mapping[str, Any] = field(default_factory=lambda: SMALL)
     second: Mapping[str, Any] = field(default_factory=lambda: {"r": 2})
     by_task: bool = False
+    embedding_dim: int = 0
+    prepare: Callable[[torch.nn.Module], None] = lambda model: None
     num_tasks: int = NUM_TASKS
     trains: bool = True
     loss_of: Callable[[torch.nn.Module, Mapping[str, torch.Tensor]], torch.Tensor] = loss_of_output
     trainer: Callable[..., Trainer] = Trainer
+    first_pass: int = 0
     waits: bool = False
     permute: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor] = permute_experts
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
 
+def give_instructions(model: torch.nn.Module) -> None:
+    """Give the four experts of `EXISTING` an embedding each."""
+    moeroute.layers.set_instruction_embeddings(
+        model, {name: torch.eye(6)[row] for row, name in enumerate(EXPERT_NAMES)}
+    )
+
+
+EXPERT_NAMES = ("math", "code", "law", "art")
 LLAMA_SITES = tuple(
     f"model.layers.{layer}.{part}_proj"
     for layer in range(2)
@@ -121,7 +154,7 @@ EXISTING: Mapping[str, Any] = MappingProxyType(
                 ranks=(RANK,) * len(LLAMA_SITES),
                 scalings=(2.0,) * len(LLAMA_SITES),
             )
-            for name in ("math", "code", "law", "art")
+            for name in EXPERT_NAMES
         ),
     }
 )
@@ -152,6 +185,15 @@ CASES: Mapping[str, MethodCase] = MappingProxyType(
             trains=False,
             exceptions=UNTRAINED,
         ),
+        "glider": MethodCase(
+            fields={"top_k": 2, "instruction_dim": 6, "gamma": 1.0, "beta": 2.0, **EXISTING},
+            second={"top_k": 1, "gamma": 0.0, "beta": 0.0},
+            by_task=True,
+            embedding_dim=6,
+            prepare=give_instructions,
+            waits=True,
+            exceptions=NEEDS_ADAPTERS,
+        ),
         "remix": MethodCase(loss_of=loss_of_draws, trainer=DrawingTrainer),
         "hydralora": MethodCase(permute=permute_heads),
         "loramoe": MethodCase(by_task=True, num_tasks=2),
@@ -159,6 +201,11 @@ CASES: Mapping[str, MethodCase] = MappingProxyType(
             fields={"r": NUM_EXPERTS * RANK, "rank_partition": RANK, "top_k": 2 * RANK},
             second={"r": 2 * RANK},
             trainer=partial(Trainer, callbacks=[moeroute.PostStepCallback()]),
+        ),
+        "ept": MethodCase(
+            fields={"num_tasks": NUM_TASKS, "r": RANK, "kernel_sizes": (3, 3, 4, 4)},
+            by_task=True,
+            permute=permute_kernels,
         ),
         "mhr": MethodCase(
             fields={"num_tasks": NUM_TASKS, "heads": 2, **SMALL},
@@ -185,6 +232,15 @@ CASES: Mapping[str, MethodCase] = MappingProxyType(
             waits=True,
             exceptions=NEEDS_ADAPTERS,
         ),
+        "xlora": MethodCase(
+            fields={"layerwise": True, "head_depth": 2, "head_width": 8, "head_dropout": 0.0}
+            | EXISTING,
+            second={"top_k": 1},
+            first_pass=NUM_EXPERTS * len(LLAMA_SITES),
+            waits=True,
+            permute=permute_head,
+            exceptions=NEEDS_ADAPTERS,
+        ),
     }
 )
 
@@ -208,9 +264,11 @@ def small(name: str, **fields: Any) -> moeroute.types.Method:
 
 def with_tasks(name: str, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The batch with what the method's routers need to know of its samples."""
-    if not case_of(name).by_task:
-        return batch
-    return {
-        **batch,
-        "task_ids": torch.arange(batch["input_ids"].shape[0]) % case_of(name).num_tasks,
-    }
+    case, samples = case_of(name), batch["input_ids"].shape[0]
+    known = {}
+    if case.by_task:
+        known["task_ids"] = torch.arange(samples) % case.num_tasks
+    if case.embedding_dim:
+        generator = torch.Generator().manual_seed(4)
+        known["sample_embeddings"] = torch.randn(samples, case.embedding_dim, generator=generator)
+    return {**batch, **known}

@@ -15,6 +15,7 @@ import moeroute
 from moeroute.integration.adapters.site_host import SiteHost
 from moeroute.methods.registry import method_field_names
 from moeroute.routing_pass import SampleInputs
+from moeroute_kernels import lora_form
 
 METHODS = [
     name for name in moeroute.list_methods() if moeroute.get_method(name).site_kind != "gate"
@@ -63,11 +64,17 @@ def loss_of(name, model, batch):
     return case_of(name).loss_of(model, batch)
 
 
-def tell_tasks(host, name, samples):
-    """Give a layer that is called by itself the task of each sample, if its router asks."""
-    task_ids = with_tasks(name, {"input_ids": torch.zeros(samples, 1)}).get("task_ids")
-    host.routing_pass.begin(samples=SampleInputs(task_ids=task_ids))
+def tell(host, name, x):
+    """Give a layer that is called by itself on x what its router asks of samples and the model."""
+    known = with_tasks(name, {"input_ids": torch.zeros(x.shape[0], 1)})
+    host.routing_pass.begin(
+        samples=SampleInputs(
+            task_ids=known.get("task_ids"), embeddings=known.get("sample_embeddings")
+        )
+    )
     host.routing_pass.end()
+    if case_of(name).first_pass:
+        host.routing_pass.first_pass = torch.zeros(x[..., 0].numel(), case_of(name).first_pass)
 
 
 def checkpoint_layers(model, settings):
@@ -88,6 +95,7 @@ def test_fresh_adapter_equals_the_base_bit_for_bit(name, make_llama, batch, dtyp
     expected = base(**batch).logits
     dropout = {"lora_dropout": 0.2} if "lora_dropout" in method_field_names(name) else {}
     model = moeroute.wrap_model(copy.deepcopy(base), small(name, **dropout)).train(training)
+    case_of(name).prepare(model)
     assert torch.equal(model(**batch).logits, expected)
 
 
@@ -208,7 +216,8 @@ def test_generate_with_a_cache_equals_without(name, make_llama, batch):
     model = wake(wrapped(make_llama, name)).eval()
     prompt = batch["input_ids"][:, :5]
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    with moeroute.routing_inputs(model, task_ids=batch.get("task_ids")):
+    known = {key: batch[key] for key in ("task_ids", "sample_embeddings") if key in batch}
+    with moeroute.routing_inputs(model, **known):
         cached = model.generate(input_ids=prompt, use_cache=True, **settings)
         again = model.generate(input_ids=prompt, use_cache=False, **settings)
     assert torch.equal(cached, again)
@@ -281,6 +290,17 @@ def test_permuting_experts_leaves_the_output_unchanged(name, make_llama, batch):
     torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_both_forms_of_the_product_agree(name, make_llama, batch, monkeypatch):
+    model = wake(wrapped(make_llama, name)).double().eval()
+    forms = [(10**9, 10**9), (-1, -1)]  # all ranks of every expert, and sorted by expert
+    logits = []
+    for ranks, products in forms:
+        monkeypatch.setattr(lora_form, "DENSE_RANKS", ranks)
+        monkeypatch.setattr(lora_form, "LOOP_PRODUCTS", products)
+        logits.append(model(**batch).logits)
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-9, atol=1e-9)
+
+
 def test_equals_get_peft_model(name, make_llama, batch):
     torch.manual_seed(5)
     ours = moeroute.wrap_model(make_llama(), small(name))
@@ -334,8 +354,9 @@ def test_no_tokens_no_trouble(name, make_llama):
     host = next(module for module in model.modules() if isinstance(module, SiteHost))
     shapes = [(0, 5, 32), (2, 0, 32)]
     for shape in shapes if case_of(name).by_task else [*shapes, (0, 32)]:
-        tell_tasks(host, name, shape[0])
-        out = host(torch.zeros(shape, requires_grad=True))
+        x = torch.zeros(shape, requires_grad=True)
+        tell(host, name, x)
+        out = host(x)
         assert out.shape[:-1] == shape[:-1]
         out.sum().backward()
 
@@ -346,8 +367,9 @@ def test_strided_and_expanded_inputs(name, make_llama):
     token = torch.randn(1, 1, 32)
     expanded = token.expand(2, 3, 32)
     strided = torch.randn(2, 32, 5).transpose(1, 2)
-    tell_tasks(host, name, 2)
+    tell(host, name, expanded)
     torch.testing.assert_close(host(expanded), host(expanded.contiguous()))
+    tell(host, name, strided)
     torch.testing.assert_close(host(strided), host(strided.contiguous()))
 
 
@@ -438,6 +460,7 @@ def test_a_base_that_only_answers_calls_is_enough(name, make_llama, batch):
                     setattr(block, key, OpaqueLinear(child))
     expected = base(**batch).logits
     model = moeroute.wrap_model(base, small(name)).eval()
+    case_of(name).prepare(model)
     assert torch.equal(model(**batch).logits, expected)
     codes = {key: buffer.clone() for key, buffer in model.named_buffers() if "codes" in key}
     if case_of(name).trains:

@@ -118,6 +118,16 @@ def test_experts_that_lora_leaves_frozen():
     assert "untouched" in problem
 
 
+def test_experts_that_peft_rebuilds():
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoraConfig(target_modules=[], target_parameters=targets)
+    model = get_peft_model(mixtral(), config).eval()
+    (problem,) = problems(model)
+    assert "4 stacks of experts with LoRA: PEFT rebuilds" in problem
+    moeroute.fast_expert_lora(model)
+    assert problems(model) == []
+
+
 def test_experts_that_quantisation_leaves_whole():
     model = mixtral().eval()
     kind = type("Linear4bit", (nn.Linear,), {})

@@ -1,12 +1,11 @@
 """The ops with their Triton kernels, wherever the tests run."""
 
-import importlib
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from moeroute_kernels import cuda
+from moeroute_kernels import cuda, lora_form
 
 
 @pytest.fixture
@@ -15,8 +14,7 @@ def triton_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    lora = importlib.import_module("moeroute_kernels.gated_lora")
-    monkeypatch.setattr(lora, "_runs_directly", lambda tensor: False)
+    monkeypatch.setattr(lora_form, "runs_directly", lambda tensor: False)
     with torch.library._scoped_library("moeroute", "IMPL") as library:
         for name, kernel in cuda.KERNELS.items():
             library.impl(name, kernel, "CPU")

@@ -1,12 +1,21 @@
 """`grouped_lora` equals a loop over experts, with one adapter and with several."""
 
+from typing import Any
+
 import pytest
 import routed_cases
 import torch
 from tolerances import assert_close
 from torch import Tensor
 
-from moeroute_kernels import expert_sort, grouped_lora, grouped_mm, virtual_experts
+from moeroute_kernels import (
+    expert_sort,
+    grouped_lora,
+    grouped_mm,
+    lora_dense,
+    lora_form,
+    virtual_experts,
+)
 
 SIZES = {"odd": [3, 5, 0, 7, 2], "idle": [0, 4, 0], "none": [0, 0], "many": [40, 25]}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -34,8 +43,9 @@ def by_loop(
 
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_equals_a_loop(name: str, dtype: torch.dtype):
-    tensors, ends = make(SIZES[name], dtype)
+@pytest.mark.parametrize("tail", [0, 2], ids=["dense", "grouped"])
+def test_equals_a_loop(name: str, dtype: torch.dtype, tail: int):
+    tensors, ends = make(SIZES[name], dtype, tail)
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
     seen, expected = grouped_lora(*tensors, ends, 1.5), by_loop(*exact, ends, 1.5)
     assert_close("gated_lora", seen, expected)
@@ -46,13 +56,47 @@ def test_equals_a_loop(name: str, dtype: torch.dtype):
         assert_close("gated_lora", a, b, dtype=dtype)
 
 
-def test_a_fresh_adapter_changes_no_bit():
-    (base, x, lora_a, lora_b), ends = make(SIZES["odd"], torch.bfloat16)
+@pytest.mark.parametrize(("tail", "rows", "dense"), [(0, 3, True), (2, 3, False), (0, 600, False)])
+def test_few_rows_take_the_dense_form(
+    tail: int, rows: int, dense: bool, monkeypatch: pytest.MonkeyPatch
+):
+    taken = []
+    own = lora_dense.forward_if_filled
+
+    def watched(*given: Any) -> Tensor | None:
+        out = own(*given)
+        taken.append(out is not None)
+        return out
+
+    monkeypatch.setattr(lora_dense, "forward_if_filled", watched)
+    monkeypatch.setattr(lora_form, "LOOP_PRODUCTS", 10_000)
+    tensors, ends = make([rows, rows, 0], torch.float32, tail)
+    grouped_lora(*tensors, ends, 1.0)
+    assert any(taken) == dense
+
+
+def test_factors_as_peft_keeps_them():
+    """B rank by rank: (out, R * E); rows and columns of an expert's matrix both have gaps."""
+    (base, x, lora_a, lora_b), ends = make([4, 6, 1], torch.float64)
+    kept = lora_b.detach().permute(1, 2, 0).flatten(1).requires_grad_()
+    seen = grouped_lora(base, x, lora_a, kept.unflatten(1, (-1, 3)).permute(2, 0, 1), ends, 0.5)
+    expected = by_loop(base, x, lora_a, lora_b, ends, 0.5)
+    assert_close("gated_lora", seen, expected)
+    gradient = torch.randn(seen.shape, dtype=torch.float64)
+    (found,) = torch.autograd.grad(seen, kept, gradient)
+    (right,) = torch.autograd.grad(expected, lora_b, gradient)
+    assert_close("gated_lora", found, right.permute(1, 2, 0).flatten(1))
+
+
+@pytest.mark.parametrize("tail", [0, 2])
+def test_a_fresh_adapter_changes_no_bit(tail: int):
+    (base, x, lora_a, lora_b), ends = make(SIZES["odd"], torch.bfloat16, tail)
     assert torch.equal(grouped_lora(base, x, lora_a, torch.zeros_like(lora_b), ends, 2.0), base)
 
 
-def test_gradcheck():
-    tensors, ends = make([2, 0, 3], torch.float64, tail=1)
+@pytest.mark.parametrize("tail", [0, 1])
+def test_gradcheck(tail: int):
+    tensors, ends = make([2, 0, 3], torch.float64, tail)
     assert torch.autograd.gradcheck(lambda *given: grouped_lora(*given, ends, 0.5), tensors)
 
 

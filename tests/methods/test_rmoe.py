@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import moeroute
-from moeroute.layers import MoELayer, SwiGLUExperts, join_layers
+from moeroute.layers import MoELayer, SwiGLUExperts
 from moeroute.methods import RMoE
 from moeroute.routers.recurrent import RecurrentRouter, gru_step, shared_cell
 from moeroute.routers.select import TopK
@@ -116,10 +116,9 @@ class Stack(nn.Module):
         return hidden_states
 
 
-def test_joined_layers_of_ones_own_hand_the_state_on():
+def test_connected_layers_of_ones_own_hand_the_state_on():
     model = Stack()
-    routing_pass = join_layers(model)
-    assert join_layers(model) is routing_pass
+    routing_pass = moeroute.connect_layers(model).layers[0].routing_pass
     tokens = torch.randn(2, 3, HIDDEN)
     model(tokens)
     records = list(routing_pass.records.values())
@@ -128,11 +127,9 @@ def test_joined_layers_of_ones_own_hand_the_state_on():
     )
     assert gradient.abs().sum() > 0
     assert moeroute.aux_losses(model).parts["BalanceLoss"] > 0
-    with pytest.raises(ValueError, match="no routed layer"):
-        join_layers(nn.Linear(2, 2))
 
 
-def test_layers_that_are_not_joined_route_as_first_layers():
+def test_layers_that_are_not_connected_route_as_first_layers():
     model = Stack().eval()
     tokens = torch.randn(2, 3, HIDDEN)
     once = model(tokens)

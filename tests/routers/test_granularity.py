@@ -79,3 +79,11 @@ def test_sizes_below_one(sizes):
     tasks, experts, width = sizes
     with pytest.raises(ValueError, match="at least 1"):
         TaskScore(tasks, experts, embedding_dim=width)
+
+
+def test_an_embedded_task_is_scored_in_float32_under_autocast():
+    score = TaskScore(4, 5, embedding_dim=3)
+    router_input = tokens_of(task_ids=torch.tensor([1, 3]))
+    expected = score(router_input)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(score(router_input), expected)

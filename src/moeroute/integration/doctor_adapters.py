@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from moeroute.integration.experts_report import experts_report
+from moeroute.integration.experts_report import experts_report, is_dispatched
 from moeroute.integration.finding import Finding, several
 from moeroute.integration.gates import HOST_NAME
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 BASE_LAYER = "base_layer"
+FAST = "_activate_lora"  # what `fast_expert_lora` replaces on a wrapper of PEFT
+STACK_NDIM = 3
 
 
 def check_adapters(model: nn.Module) -> Iterator[Finding]:
@@ -33,6 +35,7 @@ def check_adapters(model: nn.Module) -> Iterator[Finding]:
     for name, config in configs.items():
         yield from _idle_targets(name, config, hosts)
     yield from _untouched_experts(model, hosts)
+    yield from _rebuilt_experts(hosts)
 
 
 def _is_host(module: nn.Module) -> bool:
@@ -113,6 +116,25 @@ def _untouched_experts(model: nn.Module, hosts: Mapping[str, Any]) -> Iterator[F
         mend='name them: LoraConfig(target_parameters=["experts.gate_up_proj", '
         '"experts.down_proj"])',
     )
+
+
+def _rebuilt_experts(hosts: Mapping[str, Any]) -> Iterator[Finding]:
+    """PEFT's LoRA on stacked experts on PEFT's own path."""
+    slow = [
+        name
+        for name, host in hosts.items()
+        if hasattr(host, "parameter_name")
+        and FAST not in vars(host)
+        and host.get_param().ndim == STACK_NDIM
+        and is_dispatched(host.get_base_layer())
+    ]
+    if slow:
+        yield Finding(
+            module=slow[0],
+            problem=f"{several(slow, 'stack')} of experts with LoRA: PEFT rebuilds each of them "
+            "whole at every forward, which costs time and memory",
+            mend="moeroute.fast_expert_lora(model); the outputs and the files stay the same",
+        )
 
 
 def _stands_at(host: str, name: str) -> bool:

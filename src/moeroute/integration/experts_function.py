@@ -11,16 +11,37 @@ This module imports no part of transformers: it is loaded while transformers its
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from torch import Tensor
+from torch.nn import functional
 
 from moeroute.integration.expert_gates import FusedGate, fused_gate
 from moeroute.ops.dispatch import combine, dispatch, plan_slots
-from moeroute.ops.expert_mm import grouped_mm, routed_mlp
+from moeroute.ops.expert_mm import grouped_lora, grouped_mm, routed_mlp
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from torch import nn
+
+SECOND = "down_proj"
+
+
+class ExpertLora(NamedTuple):
+    """One adapter's LoRA on one stack of experts.
+
+    Attributes:
+        lora_a: (E, R, in), any floating dtype and strides.
+        lora_b: (E, out, R), likewise.
+        scaling: Multiplies the low-rank product.
+        dropout: Probability of zeroing an element of the low-rank product's input in this call.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,13 +77,48 @@ def moeroute_experts_forward(
         TypeError: The weights are quantised.
         ValueError: Shapes do not fit.
     """
-    weights = _weights_of(self)
+    weights = expert_weights(self)
     tokens = hidden_states.to(weights.first.dtype)
     fused = fused_gate(self)
     if fused is None or getattr(self, "has_post_expert_norm", False):
-        out = _unfused(self, tokens, weights, top_k_index, top_k_weights)
+        out = _unfused(self, tokens, weights, top_k_index, top_k_weights, {})
     else:
         out = _fused(tokens, weights, top_k_index, top_k_weights, fused)
+    return out.to(hidden_states.dtype)
+
+
+def experts_forward_with_lora(
+    self: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    loras: Mapping[str, Sequence[ExpertLora]],
+) -> Tensor:
+    """Do as `moeroute_experts_forward`, with LoRA on the experts' weights, which stay factored.
+
+        rows W_e^T + sum_a scaling_a * dropout_a(rows) A_ae^T B_ae^T
+
+    for both products: equal to adding `scaling * B_e A_e` to each expert's matrix, without making
+    anything of that size, in forward or backward. Factors are cast to the dtype of the weights.
+
+    Args:
+        self: The experts module.
+        hidden_states: (T, H), as there.
+        top_k_index: (T, K), as there.
+        top_k_weights: (T, K), as there.
+        loras: By the name of the stack (see `first_name`, and "down_proj") its adapters, which add
+            up; a stack without any may be missing.
+
+    Returns:
+        (T, H) in the dtype of hidden_states.
+
+    Raises:
+        TypeError: The weights are quantised.
+        ValueError: Shapes do not fit.
+    """
+    weights = expert_weights(self)
+    tokens = hidden_states.to(weights.first.dtype)
+    out = _unfused(self, tokens, weights, top_k_index, top_k_weights, loras)
     return out.to(hidden_states.dtype)
 
 
@@ -94,25 +150,48 @@ def _unfused(
     weights: _Weights,
     top_k_index: Tensor,
     top_k_weights: Tensor,
+    loras: Mapping[str, Sequence[ExpertLora]],
 ) -> Tensor:
     plan = plan_slots(top_k_index, weights.first.shape[0])
-    rows = grouped_mm(
-        dispatch(tokens, plan), weights.first, plan.expert_offsets, weights.first_bias
-    )
-    rows = self._apply_gate(rows) if getattr(self, "has_gate", True) else self.act_fn(rows)
-    rows = grouped_mm(rows, weights.second, plan.expert_offsets, weights.second_bias)
+    ends = plan.expert_offsets
+    rows = dispatch(tokens, plan)
+    pre = grouped_mm(rows, weights.first, ends, weights.first_bias)
+    pre = _add_loras(pre, rows, ends, loras.get(first_name(self), ()))
+    hidden = self._apply_gate(pre) if getattr(self, "has_gate", True) else self.act_fn(pre)
+    out = grouped_mm(hidden, weights.second, ends, weights.second_bias)
+    out = _add_loras(out, hidden, ends, loras.get(SECOND, ()))
     if getattr(self, "has_post_expert_norm", False):
-        rows = self.post_expert_norm(rows)
-    return combine(rows, top_k_weights, plan)
+        out = self.post_expert_norm(out)
+    return combine(out, top_k_weights, plan)
 
 
-def _weights_of(module: Any) -> _Weights:
-    name = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+def _add_loras(base: Tensor, x: Tensor, ends: Tensor, loras: Sequence[ExpertLora]) -> Tensor:
+    for lora_a, lora_b, scaling, dropout in loras:
+        dropped = functional.dropout(x, dropout) if dropout else x
+        base = grouped_lora(
+            base, dropped, lora_a.to(x.dtype), lora_b.to(x.dtype), ends, float(scaling)
+        )
+    return base
+
+
+def first_name(module: nn.Module) -> str:
+    """The name of the experts' first stack of weights."""
+    return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+
+
+def expert_weights(module: Any) -> _Weights:
+    """The weights of a decorated experts module as the ops take them.
+
+    Raises:
+        TypeError: They are quantised.
+    """
+    name = first_name(module)
     first, second = getattr(module, name), module.down_proj
-    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
-        raise TypeError(_not_supported(module, f"{name} is a {type(first).__name__}"))
-    if not first.is_floating_point() or first.element_size() < 2:
-        raise TypeError(_not_supported(module, f"{name} is {first.dtype}"))
+    for stack, its_name in ((first, name), (second, SECOND)):
+        if not isinstance(stack, Tensor):
+            raise TypeError(_not_supported(module, f"{its_name} is a {type(stack).__name__}"))
+        if not stack.is_floating_point() or stack.element_size() < 2:
+            raise TypeError(_not_supported(module, f"{its_name} is {stack.dtype}"))
     if getattr(module, "is_transposed", False):
         first, second = first.transpose(1, 2), second.transpose(1, 2)
     has_bias = getattr(module, "has_bias", False)
@@ -126,8 +205,8 @@ def _weights_of(module: Any) -> _Weights:
 
 def _not_supported(module: nn.Module, what: str) -> str:
     return (
-        f'experts_implementation="moeroute" cannot compute {type(module).__name__}: {what}, and '
-        "moeroute multiplies float32, float64, bfloat16 and float16 tensors. Dequantise the "
+        f"moeroute cannot compute {type(module).__name__}: {what}, and it multiplies float32, "
+        "float64, bfloat16 and float16 tensors. Dequantise the "
         'checkpoint on load, or choose `model.set_experts_implementation("eager")`'
     )
 

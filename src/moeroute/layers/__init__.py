@@ -4,7 +4,10 @@ from moeroute.layers.experts import ExpertActivation as ExpertActivation
 from moeroute.layers.experts import MLPExperts as MLPExperts
 from moeroute.layers.experts import SwiGLUExperts as SwiGLUExperts
 from moeroute.layers.feed_forward import SwiGLUFeedForward as SwiGLUFeedForward
-from moeroute.layers.join import join_layers as join_layers
+from moeroute.layers.instructions import (
+    set_instruction_embeddings as set_instruction_embeddings,
+)
+from moeroute.layers.kronecker_bank import KroneckerBank as KroneckerBank
 from moeroute.layers.lora_bank import LoRABank as LoRABank
 from moeroute.layers.lora_ffn import LoRAFeedForwardMixture as LoRAFeedForwardMixture
 from moeroute.layers.lora_mixture import LoRAMixture as LoRAMixture
@@ -17,6 +20,7 @@ from moeroute.layers.shared_down_bank import SharedDownLoRABank as SharedDownLoR
 
 __all__ = [
     "ExpertActivation",
+    "KroneckerBank",
     "LoRABank",
     "LoRAFeedForwardMixture",
     "LoRAMixture",
@@ -28,6 +32,6 @@ __all__ = [
     "SharedDownLoRABank",
     "SwiGLUExperts",
     "SwiGLUFeedForward",
-    "join_layers",
     "post_step",
+    "set_instruction_embeddings",
 ]

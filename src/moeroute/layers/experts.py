@@ -108,6 +108,11 @@ class SwiGLUExperts(nn.Module):
             limit=self.activation.limit,
         )
 
+    def gate_weights(self) -> Tensor:
+        """(E, I, H), the half of the first matrices that the activation reads."""
+        weights = self.gate_up_proj.transpose(1, 2) if self.transposed else self.gate_up_proj
+        return weights[:, ::2] if self.interleaved else weights[:, : self.intermediate_size]
+
     def extra_repr(self) -> str:
         """Sizes and layout, for `print(model)`."""
         layout = [name for name in ("transposed", "interleaved") if self.__dict__[name]]
@@ -184,6 +189,10 @@ class MLPExperts(nn.Module):
             down_bias=self.down_proj_bias,
             activation=self.activation.name,
         )
+
+    def gate_weights(self) -> Tensor:
+        """(E, I, H), the first matrices."""
+        return self.up_proj.transpose(1, 2) if self.transposed else self.up_proj
 
     def extra_repr(self) -> str:
         """Sizes and layout, for `print(model)`."""

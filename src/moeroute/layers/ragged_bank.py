@@ -28,10 +28,12 @@ class RaggedLoRABank(nn.Module):
         lora_dropout: Probability of zeroing an element of x, in training.
         trainable: Whether `lora_a` and `lora_b` are parameters; else they are buffers, which are
             saved and moved likewise but which no optimizer sees.
+        anchored: Whether the bank remembers what `set_expert` gave it, for `drift`.
 
     Shapes:
         lora_a: (R, in_features) with R the sum of ranks, uniform in +-1/sqrt(in_features).
         lora_b: (out_features, R), zero.
+        anchor_a, anchor_b: Buffers of the same shapes, empty unless anchored.
 
     Raises:
         ValueError: No expert, a negative rank, or as many scalings as there are no ranks.
@@ -39,6 +41,8 @@ class RaggedLoRABank(nn.Module):
 
     lora_a: Tensor
     lora_b: Tensor
+    anchor_a: Tensor
+    anchor_b: Tensor
     expert_of_rank: Tensor
     scaling_of_rank: Tensor
 
@@ -51,6 +55,7 @@ class RaggedLoRABank(nn.Module):
         out_features: int,
         lora_dropout: float = 0.0,
         trainable: bool = True,
+        anchored: bool = False,
     ) -> None:
         super().__init__()
         if not ranks or min(ranks) < 0 or len(ranks) != len(scalings):
@@ -70,6 +75,10 @@ class RaggedLoRABank(nn.Module):
                 self.register_parameter(name, nn.Parameter(weight))
             else:
                 self.register_buffer(name, weight)
+        for name, weight in (("anchor_a", self.lora_a), ("anchor_b", self.lora_b)):
+            anchor = torch.zeros_like(weight) if anchored else weight.new_empty(0)
+            self.register_buffer(name, anchor, persistent=anchored)
+        self.anchored = anchored
         counts = torch.tensor(self.ranks)
         expert = torch.arange(self.num_experts).repeat_interleave(counts)
         scaling = torch.tensor([float(value) for value in scalings])
@@ -82,6 +91,9 @@ class RaggedLoRABank(nn.Module):
         if self.lora_a.numel():
             nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         nn.init.zeros_(self.lora_b)
+        if self.anchored:
+            self.anchor_a.copy_(self.lora_a.detach())
+            self.anchor_b.zero_()
 
     def expert(self, index: int) -> slice:
         """Where an expert's ranks lie: rows of lora_a, columns of lora_b."""
@@ -100,6 +112,15 @@ class RaggedLoRABank(nn.Module):
         own = self.expert(index)
         self.lora_a[own].copy_(lora_a)
         self.lora_b[:, own].copy_(lora_b)
+        if self.anchored:
+            self.anchor_a[own].copy_(lora_a)
+            self.anchor_b[:, own].copy_(lora_b)
+
+    def drift(self) -> Tensor:
+        """How far the experts are from what they were given: the sum of squares, a scalar."""
+        assert self.anchored
+        moved_a, moved_b = self.lora_a - self.anchor_a, self.lora_b - self.anchor_b
+        return moved_a.square().sum() + moved_b.square().sum()
 
     def forward(
         self, base: Tensor, x: Tensor, selected_experts: Tensor, routing_weights: Tensor

@@ -1,16 +1,24 @@
 """Auxiliary losses: pure functions of what a layer routed."""
 
 from moeroute.losses.balance import BalanceLoss as BalanceLoss
+from moeroute.losses.coupling import ERCLoss as ERCLoss
 from moeroute.losses.importance import ImportanceLoss as ImportanceLoss
 from moeroute.losses.policy_gradient import rloo_surrogate as rloo_surrogate
+from moeroute.losses.preserve import PreserveLoss as PreserveLoss
+from moeroute.losses.soft_balance import SoftBalanceLoss as SoftBalanceLoss
+from moeroute.losses.task_contrast import TaskContrastLoss as TaskContrastLoss
 from moeroute.losses.total import LossReport as LossReport
 from moeroute.losses.total import total_loss as total_loss
 from moeroute.losses.z import ZLoss as ZLoss
 
 __all__ = [
     "BalanceLoss",
+    "ERCLoss",
     "ImportanceLoss",
     "LossReport",
+    "PreserveLoss",
+    "SoftBalanceLoss",
+    "TaskContrastLoss",
     "ZLoss",
     "rloo_surrogate",
     "total_loss",

@@ -76,6 +76,6 @@ class NeedsCopies:
             f"the router at {record.site or 'this layer'} draws its experts and gets no gradient "
             "from the loss of one forward, so that it would stay untrained. Train on "
             "moeroute.policy_gradient_loss(model, lambda: model(**batch).loss), or with a Trainer "
-            "class of (moeroute.PolicyGradientMixin, Trainer); to measure a loss, call model.eval()"
-            " or use torch.no_grad()"
+            "class of (moeroute.PolicyGradientMixin, Trainer); to measure a loss, call "
+            "model.eval() or use torch.no_grad()"
         )

@@ -5,8 +5,11 @@ from moeroute.methods.arrow import Arrow as Arrow
 from moeroute.methods.aux_free import AuxFree as AuxFree
 from moeroute.methods.cosine import Cosine as Cosine
 from moeroute.methods.dynmole import DynMoLE as DynMoLE
+from moeroute.methods.ept import EPT as EPT
+from moeroute.methods.glider import GLIDER as GLIDER
 from moeroute.methods.group_limited import GroupLimited as GroupLimited
 from moeroute.methods.hydralora import HydraLoRA as HydraLoRA
+from moeroute.methods.lora_mixer import LoRAMixer as LoRAMixer
 from moeroute.methods.loramoe import LoRAMoE as LoRAMoE
 from moeroute.methods.mhr import MHR as MHR
 from moeroute.methods.mixlora import MixLoRA as MixLoRA
@@ -21,8 +24,11 @@ from moeroute.methods.remix import ReMix as ReMix
 from moeroute.methods.rmoe import RMoE as RMoE
 from moeroute.methods.smora import SMoRA as SMoRA
 from moeroute.methods.switch import Switch as Switch
+from moeroute.methods.xlora import XLoRA as XLoRA
 
 __all__ = [
+    "EPT",
+    "GLIDER",
     "MHR",
     "PHATGOOSE",
     "AdaMoLE",
@@ -32,6 +38,7 @@ __all__ = [
     "DynMoLE",
     "GroupLimited",
     "HydraLoRA",
+    "LoRAMixer",
     "LoRAMoE",
     "MOELoRA",
     "MixLoRA",
@@ -42,6 +49,7 @@ __all__ = [
     "ReMix",
     "SMoRA",
     "Switch",
+    "XLoRA",
     "get_method",
     "list_methods",
 ]

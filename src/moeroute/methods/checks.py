@@ -85,18 +85,36 @@ def check_top_k(method: ExpertFields, slots: int) -> None:
 
 
 class TaskFields(Protocol):
-    """The field of a method that routes by task."""
+    """The fields of a method that knows tasks."""
 
     @property
     def num_tasks(self) -> int:
         """How many tasks there are."""
         ...
 
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Their names in the order of their ids, or none."""
+        ...
 
-def check_tasks(method: TaskFields) -> None:
-    """Raise ValueError unless there is a task."""
+
+def load_tasks(method: TaskFields) -> None:
+    """Make the tuple that a config file holds as a list; names, where given, count the tasks.
+
+    Raises:
+        ValueError: No task, two of one name, or another number of names than of tasks.
+    """
+    name, names = type(method).__name__, tuple(method.task_names)
+    if len(set(names)) < len(names):
+        raise ValueError(f"{name}: two tasks of one name in task_names={names}")
+    if names and method.num_tasks not in (1, len(names)):
+        raise ValueError(
+            f"{name}: num_tasks={method.num_tasks} but task_names holds {len(names)}; leave "
+            "num_tasks out, the names count the tasks"
+        )
     if method.num_tasks < 1:
         raise ValueError(
-            f"{type(method).__name__}: num_tasks={method.num_tasks} is below 1; set num_tasks to "
-            "at least 1"
+            f"{name}: num_tasks={method.num_tasks} is below 1; set num_tasks to at least 1"
         )
+    object.__setattr__(method, "task_names", names)
+    object.__setattr__(method, "num_tasks", len(names) or method.num_tasks)

@@ -109,7 +109,9 @@ def check_slots(method: MixesAdapters, slots: int) -> None:
         )
 
 
-def expert_bank(method: MixesAdapters, site: Site, *, trainable: bool = False) -> RaggedLoRABank:
+def expert_bank(
+    method: MixesAdapters, site: Site, *, trainable: bool = False, anchored: bool = False
+) -> RaggedLoRABank:
     """The adapters' weights at one site, still to be filled."""
     place = method.sites.index(site.name)
     return RaggedLoRABank(
@@ -118,6 +120,7 @@ def expert_bank(method: MixesAdapters, site: Site, *, trainable: bool = False) -
         in_features=site.in_features,
         out_features=site.out_features,
         trainable=trainable,
+        anchored=anchored,
     )
 
 

@@ -6,7 +6,8 @@
 
 Source: Multi-Head Adapter Routing for Cross-Task Generalization, Caccia et al., 2022, arXiv
 2211.03831; read from microsoft/mttl and PEFT's PolyConfig (n_splits), with whose numbers ours
-agree. Every linear has a table Z of its own, the paper's choice for T5.
+agree. Every linear has a table Z of its own, the
+paper's choice for T5, unless `coarse`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from moeroute.layers.averaged_bank import AveragedLoRABank
 from moeroute.layers.averaged_mixture import AveragedLoRAMixture
-from moeroute.methods.checks import check_expert_fields, check_tasks
+from moeroute.layers.frozen import freeze_parameters
+from moeroute.methods.checks import check_expert_fields, load_tasks
 from moeroute.routers.task_skills import TaskSkills
 from moeroute.types import Paper
 
@@ -34,6 +36,11 @@ class MHR:
 
     Args:
         num_tasks: How many tasks there are; task_ids are below it.
+        task_names: Their names in the order of their ids, saved with the adapter; they then count
+            the tasks.
+        coarse: One table Z for all linears together, the paper's "coarse"; else one a linear.
+        freeze_skills: Train the table alone: with skills that exist already, MHR-z; see
+            `moeroute.transfer_skills`.
         r: Rank of one skill. Typical in the paper: 16.
         lora_dropout: Dropout on the skills' input, in training.
         num_experts: Skills per linear. Typical in the paper: 8.
@@ -69,6 +76,9 @@ class MHR:
     site_kind: ClassVar[SiteKind] = "linear"
 
     num_tasks: int = 1
+    task_names: tuple[str, ...] = ()
+    coarse: bool = False
+    freeze_skills: bool = False
     r: int = 16
     lora_dropout: float = 0.0
     num_experts: int = 8
@@ -77,13 +87,13 @@ class MHR:
     def __post_init__(self) -> None:
         """Check every field."""
         check_expert_fields(self)
-        check_tasks(self)
+        load_tasks(self)
         if self.heads < 1:
             raise ValueError(f"MHR: heads={self.heads} is below 1; set heads to at least 1")
 
     def build_shared(self, sites: Sequence[Site], /) -> nn.Module | None:
-        """Linears share nothing."""
-        return None
+        """The table of all linears, if it is coarse."""
+        return self._table() if self.coarse else None
 
     def build(self, site: Site, shared: nn.Module | None, /) -> AveragedLoRAMixture:
         """A table and a bank for the linear."""
@@ -96,9 +106,19 @@ class MHR:
             heads=self.heads,
             lora_dropout=self.lora_dropout,
         )
+        if self.freeze_skills:
+            freeze_parameters(bank)
+        router = (
+            shared
+            if isinstance(shared, TaskSkills)
+            else TaskSkills(self.num_tasks, self.num_experts, self.heads)
+        )
         return AveragedLoRAMixture(
-            router=TaskSkills(self.num_tasks, self.num_experts, self.heads),
+            router=router,
             bank=bank,
             site=site.name,
             layer_index=site.layer_index,
         )
+
+    def _table(self) -> TaskSkills:
+        return TaskSkills(self.num_tasks, self.num_experts, self.heads)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from moeroute.layers.lora_bank import LoRABank
-from moeroute.methods.checks import check_expert_fields, check_tasks
+from moeroute.methods.checks import check_expert_fields, load_tasks
 from moeroute.methods.parts import linear_mixture
 from moeroute.routers.composed import ComposedRouter
 from moeroute.routers.granularity import TaskScore
@@ -37,6 +37,8 @@ class MOELoRA:
 
     Args:
         num_tasks: How many tasks there are; task_ids are below it.
+        task_names: Their names in the order of their ids, saved with the adapter; they then count
+            the tasks.
         r: Rank of all experts together; each has r / num_experts. Default of the code: 16.
         lora_alpha: Scaling is lora_alpha / r.
         lora_dropout: Dropout on the experts' input, in training.
@@ -72,6 +74,7 @@ class MOELoRA:
     site_kind: ClassVar[SiteKind] = "linear"
 
     num_tasks: int = 1
+    task_names: tuple[str, ...] = ()
     r: int = 16
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
@@ -82,7 +85,7 @@ class MOELoRA:
     def __post_init__(self) -> None:
         """Check every field."""
         check_expert_fields(self)
-        check_tasks(self)
+        load_tasks(self)
         if self.task_embedding_dim < 1:
             raise ValueError(
                 f"MOELoRA: task_embedding_dim={self.task_embedding_dim} is below 1; set it to at "

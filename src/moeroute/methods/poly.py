@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from moeroute.layers.averaged_bank import AveragedLoRABank
 from moeroute.layers.averaged_mixture import AveragedLoRAMixture
+from moeroute.layers.frozen import freeze_parameters
 from moeroute.layers.lora_bank import LoRABank
-from moeroute.methods.checks import check_expert_fields, check_tasks
+from moeroute.methods.checks import check_expert_fields, load_tasks
 from moeroute.methods.parts import linear_mixture
 from moeroute.routers.task_skills import TaskSkills
 from moeroute.types import Paper
@@ -37,6 +38,11 @@ class Poly:
 
     Args:
         num_tasks: How many tasks there are; task_ids are below it.
+        task_names: Their names in the order of their ids, saved with the adapter; they then count
+            the tasks.
+        coarse: One table Z for all linears together, the paper's "coarse"; else one a linear.
+        freeze_skills: Train the table alone: with skills that exist already, MHR-z; see
+            `moeroute.transfer_skills`.
         r: Rank of one skill. Default of PEFT: 8.
         lora_dropout: Dropout on the skills' input, in training.
         num_experts: Skills per linear. Default of PEFT: 4.
@@ -67,6 +73,9 @@ class Poly:
     site_kind: ClassVar[SiteKind] = "linear"
 
     num_tasks: int = 1
+    task_names: tuple[str, ...] = ()
+    coarse: bool = False
+    freeze_skills: bool = False
     r: int = 8
     lora_dropout: float = 0.0
     num_experts: int = 4
@@ -75,35 +84,39 @@ class Poly:
     def __post_init__(self) -> None:
         """Check every field."""
         check_expert_fields(self)
-        check_tasks(self)
+        load_tasks(self)
         if self.mix not in ("parameter", "output"):
             raise ValueError(f"Poly: mix={self.mix!r}; use 'parameter' or 'output'")
 
     def build_shared(self, sites: Sequence[Site], /) -> nn.Module | None:
-        """Linears share nothing."""
-        return None
+        """The table of all linears, if it is coarse."""
+        return self._table() if self.coarse else None
 
     def build(self, site: Site, shared: nn.Module | None, /) -> nn.Module:
         """A table and a bank for the linear."""
-        router = TaskSkills(self.num_tasks, self.num_experts)
+        router = (
+            shared
+            if isinstance(shared, TaskSkills)
+            else TaskSkills(self.num_tasks, self.num_experts)
+        )
+        sizes = {
+            "num_experts": self.num_experts,
+            "r": self.r,
+            "in_features": site.in_features,
+            "out_features": site.out_features,
+            "lora_dropout": self.lora_dropout,
+        }
         if self.mix == "output":
-            bank = LoRABank(
-                num_experts=self.num_experts,
-                r=self.r,
-                in_features=site.in_features,
-                out_features=site.out_features,
-                lora_alpha=1.0,
-                lora_dropout=self.lora_dropout,
+            bank = LoRABank(**sizes, lora_alpha=1.0)
+            mixture = linear_mixture(site, router, bank)
+        else:
+            bank = AveragedLoRABank(**sizes, scaling=1 / self.r)
+            mixture = AveragedLoRAMixture(
+                router=router, bank=bank, site=site.name, layer_index=site.layer_index
             )
-            return linear_mixture(site, router, bank)
-        bank = AveragedLoRABank(
-            num_experts=self.num_experts,
-            r=self.r,
-            in_features=site.in_features,
-            out_features=site.out_features,
-            scaling=1 / self.r,
-            lora_dropout=self.lora_dropout,
-        )
-        return AveragedLoRAMixture(
-            router=router, bank=bank, site=site.name, layer_index=site.layer_index
-        )
+        if self.freeze_skills:
+            freeze_parameters(bank)
+        return mixture
+
+    def _table(self) -> TaskSkills:
+        return TaskSkills(self.num_tasks, self.num_experts)

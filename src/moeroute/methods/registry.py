@@ -11,8 +11,11 @@ from moeroute.methods.arrow import Arrow
 from moeroute.methods.aux_free import AuxFree
 from moeroute.methods.cosine import Cosine
 from moeroute.methods.dynmole import DynMoLE
+from moeroute.methods.ept import EPT
+from moeroute.methods.glider import GLIDER
 from moeroute.methods.group_limited import GroupLimited
 from moeroute.methods.hydralora import HydraLoRA
+from moeroute.methods.lora_mixer import LoRAMixer
 from moeroute.methods.loramoe import LoRAMoE
 from moeroute.methods.mhr import MHR
 from moeroute.methods.mixlora import MixLoRA
@@ -25,6 +28,7 @@ from moeroute.methods.remix import ReMix
 from moeroute.methods.rmoe import RMoE
 from moeroute.methods.smora import SMoRA
 from moeroute.methods.switch import Switch
+from moeroute.methods.xlora import XLoRA
 from moeroute.types import Method
 
 METHODS: dict[str, type[Method]] = {
@@ -33,8 +37,11 @@ METHODS: dict[str, type[Method]] = {
     "aux_free": AuxFree,
     "cosine": Cosine,
     "dynmole": DynMoLE,
+    "ept": EPT,
+    "glider": GLIDER,
     "group_limited": GroupLimited,
     "hydralora": HydraLoRA,
+    "lora_mixer": LoRAMixer,
     "loramoe": LoRAMoE,
     "mhr": MHR,
     "mixlora": MixLoRA,
@@ -47,6 +54,7 @@ METHODS: dict[str, type[Method]] = {
     "rmoe": RMoE,
     "smora": SMoRA,
     "switch": Switch,
+    "xlora": XLoRA,
 }
 
 

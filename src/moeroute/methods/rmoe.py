@@ -106,7 +106,7 @@ class RMoE:
     def routers(self, in_features: int, num_experts: int, num_layers: int) -> list[RecurrentRouter]:
         """Fresh routers for layers of one's own, the GRU shared; the first owns it.
 
-        Join the layers with `moeroute.layers.join_layers`, so that the state reaches the next.
+        Connect the layers by `moeroute.connect_layers(model)`, so that the state reaches the next.
         """
         cell, slots = shared_cell(self.state_size), self.top_k or 2
         return [

@@ -5,6 +5,7 @@ from moeroute.ops.dispatch import dispatch as dispatch
 from moeroute.ops.dispatch import plan_dispatch as plan_dispatch
 from moeroute.ops.dispatch import plan_slots as plan_slots
 from moeroute.ops.expert_mm import gated_lora as gated_lora
+from moeroute.ops.expert_mm import grouped_lora as grouped_lora
 from moeroute.ops.expert_mm import grouped_mm as grouped_mm
 from moeroute.ops.expert_mm import routed_mlp as routed_mlp
 from moeroute.ops.load import co_activation as co_activation
@@ -22,6 +23,7 @@ __all__ = [
     "dead_experts",
     "dispatch",
     "gated_lora",
+    "grouped_lora",
     "grouped_mm",
     "load_entropy",
     "load_entropy_nats",

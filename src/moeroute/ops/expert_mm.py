@@ -9,6 +9,7 @@ from moeroute_kernels import SortedSlots as SortedSlots
 from moeroute_kernels import combine as combine
 from moeroute_kernels import expert_sort as expert_sort
 from moeroute_kernels import gated_lora as gated_lora
+from moeroute_kernels import grouped_lora as grouped_lora
 from moeroute_kernels import grouped_mm as grouped_mm
 from moeroute_kernels import routed_mlp as routed_mlp
 from moeroute_kernels.activations import ACTIVATIONS as ACTIVATIONS
@@ -22,6 +23,7 @@ __all__ = [
     "combine",
     "expert_sort",
     "gated_lora",
+    "grouped_lora",
     "grouped_mm",
     "routed_mlp",
     "split_pre_activation",

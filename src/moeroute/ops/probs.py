@@ -5,6 +5,8 @@ Each takes (T, E) router logits and answers in their shape and dtype.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -15,6 +17,11 @@ TINY = 1e-20
 def softmax_probs(router_logits: Tensor) -> Tensor:
     """Softmax over experts: rows sum to 1."""
     return torch.softmax(router_logits, dim=-1)
+
+
+def raw_logits(router_logits: Tensor) -> Tensor:
+    """The logits as they are: what a router says that weighs freely, below 0 as well."""
+    return router_logits
 
 
 def sigmoid_probs(router_logits: Tensor) -> Tensor:
@@ -42,3 +49,18 @@ def normalized_sqrt_softplus_probs(router_logits: Tensor) -> Tensor:
     """`sqrt_softplus_probs` divided by its row's sum: rows sum to 1, for losses."""
     probs = sqrt_softplus_probs(router_logits)
     return probs / (probs.sum(dim=-1, keepdim=True) + TINY)
+
+
+@dataclass(frozen=True, slots=True)
+class SoftmaxAt:
+    """Softmax of the logits divided by a temperature: the colder, the nearer to one expert alone.
+
+    Args:
+        temperature: Above 0.
+    """
+
+    temperature: float
+
+    def __call__(self, router_logits: Tensor) -> Tensor:
+        """Rows sum to 1."""
+        return torch.softmax(router_logits / self.temperature, dim=-1)

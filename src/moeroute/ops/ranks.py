@@ -1,4 +1,4 @@
-"""Sums over data-parallel ranks."""
+"""What data-parallel ranks do together."""
 
 from __future__ import annotations
 
@@ -11,4 +11,11 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         values = values.clone()
         torch.distributed.all_reduce(values)
+    return values
+
+
+def same_on_all_ranks(values: Tensor) -> Tensor:
+    """Rank 0's values on every rank; the tensor itself, which is written to."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast(values, src=0)
     return values

@@ -15,6 +15,7 @@ from moeroute.routers.samples import (
     sample_means,
     to_tokens,
 )
+from moeroute.routers.scores import linear_logits
 from moeroute.types import Router, RouterInput, RouterOutput
 
 MEANS = "sample_means"
@@ -110,8 +111,15 @@ class TaskScore(nn.Module):
     def of_samples(self, router_input: RouterInput) -> Tensor:
         """(B, E) logits."""
         ids = require_task_ids(router_input, self.num_tasks, type(self).__name__)
-        logits = self.to_logits(functional.embedding(ids, self.task_table.weight))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self.of_tasks(ids).to(router_input.hidden_states.device)
+
+    def of_tasks(self, task_ids: Tensor) -> Tensor:
+        """(N,) task ids in range to (N, E) logits on the table's device, autocast or not."""
+        table = self.task_table.weight
+        rows = functional.embedding(task_ids.to(table.device), table)
+        if isinstance(self.to_logits, nn.Linear):
+            return linear_logits(rows, self.to_logits.weight, None, None)
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
     def forward(self, router_input: RouterInput) -> Tensor:
         """Answer (T, E) logits."""

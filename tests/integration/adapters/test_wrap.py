@@ -162,7 +162,7 @@ def test_missing_and_foreign_tensors(adapter):
     tensors = load_file(path)
     key = next(key for key in tensors if "router" in key)
     save_file({name: value for name, value in tensors.items() if name != key}, path)
-    with pytest.raises(ValueError, match="1 tensors missing"):
+    with pytest.raises(ValueError, match="1 tensors missing.*take the whole folder"):
         PeftModel.from_pretrained(tiny_llama(), adapter)
     save_file(tensors | {key + "_old": tensors[key].clone()}, path)
     with pytest.raises(ValueError, match="1 unknown"):

@@ -12,6 +12,8 @@ from peft.utils import CONFIG_NAME
 from moeroute.integration.adapters.hosting import SITE_PREFIX
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from peft import PeftModel
     from torch import Tensor, nn
 
@@ -32,12 +34,26 @@ def save_adapter(model: PeftModel, directory: str | Path) -> None:
         OSError: The place cannot be written; nothing in `directory` has changed.
         ValueError: `directory` is a file.
     """
+    write_folder(directory, model.save_pretrained)
+
+
+def write_folder(directory: str | Path, write: Callable[[str], object]) -> None:
+    """Fill a folder so that a crash leaves the old files or the new ones.
+
+    Args:
+        directory: Where to; made if it is missing.
+        write: Called with the name of an empty folder beside it; writes the files there.
+
+    Raises:
+        OSError: The place cannot be written; nothing in `directory` has changed.
+        ValueError: `directory` is a file.
+    """
     target = Path(directory)
     if target.is_file():
         raise ValueError(f"{target} is a file; name a directory to save the adapter in")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=target.name + ".", dir=target.parent) as aside:
-        model.save_pretrained(aside)
+        write(aside)
         written = [path for path in Path(aside).rglob("*") if path.is_file()]
         for path in sorted(written, key=lambda path: path.name == CONFIG_NAME):
             final = target / path.relative_to(aside)
@@ -64,17 +80,15 @@ def check_adapter_keys(model: nn.Module, adapter_name: str, state_dict: dict[str
     if missing or unknown:
         raise ValueError(
             f"the adapter file does not fit adapter {adapter_name!r} of this model: {len(missing)} "
-            "tensors missing "
-            f"{missing[:SHOWN]}, {len(unknown)} unknown {unknown[:SHOWN]}. It is damaged, or was "
-            "made for another "
-            "model or config"
+            f"tensors missing {missing[:SHOWN]}, {len(unknown)} unknown {unknown[:SHOWN]}. It is "
+            "damaged, or was made for another model or config; take the whole folder that "
+            "save_pretrained wrote, config and weights"
         )
     other = [key for key, shape in expected.items() if found[key] != shape]
     if other:
         key = other[0]
         raise ValueError(
             f"{len(other)} tensors of the adapter file have another shape than this model needs, "
-            f"first {key}: "
-            f"file {tuple(found[key])}, model {tuple(expected[key])}. Load it on a base of the "
-            "shape it was trained on"
+            f"first {key}: file {tuple(found[key])}, model {tuple(expected[key])}. Load it on a "
+            "base of the shape it was trained on"
         )

@@ -77,7 +77,7 @@ class GateHost(nn.Module, BaseTunerLayer):
 
     def active_module(self) -> nn.Module | None:
         """What answers here now; None if the checkpoint's gate does."""
-        if self.disable_adapters:
+        if self.disable_adapters or self.routing_pass.resting:
             return None
         return first_active(self.moeroute_site, self.active_adapters)
 

@@ -13,9 +13,8 @@ SITE_PREFIX = "moeroute_site"
 
 MERGE_IS_UNDEFINED = (
     "merging is undefined for a mixture whose weights depend on the token: no single matrix equals "
-    "it. "
-    "Keep the adapter (save_pretrained, PeftModel.from_pretrained), or drop it with "
-    "moeroute.unwrap_model(model) to get the base model back"
+    "it. Keep the adapter (save_pretrained, PeftModel.from_pretrained), take a plain LoRA near it "
+    "by moeroute.merge(model), or drop it with moeroute.unwrap_model(model) to get the base back"
 )
 
 

@@ -113,8 +113,8 @@ def _check_fit(model: nn.Module, adapters: list[LoRAAdapter]) -> None:
             site = make_site(model, name, module, "linear")
             if site is None:
                 raise ValueError(
-                    f"adapter {adapter.name!r} adapts {name}, a {type(module).__name__}; only "
-                    "LoRA on linears can be mixed"
+                    f"adapter {adapter.name!r} adapts {name}, a {type(module).__name__}; only LoRA "
+                    "on linears can be mixed"
                 )
             widths = lora.lora_a.shape[1], lora.lora_b.shape[0]
             if widths != (site.in_features, site.out_features):

@@ -13,6 +13,7 @@ from peft.utils.peft_types import register_peft_method
 from torch import nn
 
 from moeroute.integration.adapters.files import check_adapter_keys
+from moeroute.integration.adapters.first_pass import backbone_of, connect_first_pass, head_of
 from moeroute.integration.adapters.gate_host import GateHost, attach, detach, hosted_gates
 from moeroute.integration.adapters.hosting import MERGE_IS_UNDEFINED, SITE_PREFIX
 from moeroute.integration.adapters.root_hooks import connect, disconnect
@@ -124,7 +125,7 @@ class MoeRouteModel(BaseTuner):
     ) -> None:
         """Add an adapter to the model."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        connect(model)
+        connect_first_pass(model, connect(model))
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Refuse: a mixture has no single weight matrix.
@@ -167,6 +168,8 @@ class MoeRouteModel(BaseTuner):
         if method.site_kind == "mlp":
             check_feed_forward(sites)
         shared = method.build_shared(sites)
+        if head_of(shared) is not None:
+            backbone_of(model)
         self._planned = {site.name: method.build(site, shared) for site in sites}
 
     def _create_and_replace(

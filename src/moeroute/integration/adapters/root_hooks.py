@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeroute.integration.adapters.first_pass import KeepFirstCache, RunFirstPass
 from moeroute.integration.gates import HOST_NAME
 from moeroute.layers.routed import losses_lost_their_graph
 from moeroute.losses.balance import BalanceLoss
@@ -142,12 +143,13 @@ def connect(root: nn.Module) -> RoutingPass:
 
 
 def disconnect(root: nn.Module) -> None:
-    """Take both hooks off again."""
+    """Take both hooks off again, and those of a first pass."""
+    ours = (OpenPass, ClosePass, RunFirstPass, KeepFirstCache)
     for hooks, with_kwargs in (
         (root._forward_pre_hooks, root._forward_pre_hooks_with_kwargs),
         (root._forward_hooks, root._forward_hooks_with_kwargs),
     ):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, (OpenPass, ClosePass))]:
+        for key in [key for key, hook in hooks.items() if isinstance(hook, ours)]:
             del hooks[key]
             with_kwargs.pop(key, None)
 

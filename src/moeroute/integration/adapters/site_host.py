@@ -64,7 +64,7 @@ class SiteHost(nn.Module, BaseTunerLayer):
 
     def active_module(self) -> nn.Module | None:
         """What answers here now; None if the base does."""
-        if self.disable_adapters:
+        if self.disable_adapters or self.routing_pass.resting:
             return None
         return first_active(self.moeroute_site, self.active_adapters)
 
@@ -80,9 +80,8 @@ class SiteHost(nn.Module, BaseTunerLayer):
         if args or kwargs:
             raise TypeError(
                 f"{type(self.base_layer).__name__} is called with {len(args) + 1} positional "
-                "arguments and "
-                f"keywords {sorted(kwargs)}; a mixture answers for modules of one tensor only. "
-                "Leave this module out of target_modules"
+                f"arguments and keywords {sorted(kwargs)}; a mixture answers for modules of one "
+                "tensor only. Leave this module out of target_modules"
             )
         return module(hidden_states, self.base_layer)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from moeroute.integration.gate_families import GATES
@@ -85,6 +86,7 @@ def make_site(model: nn.Module, name: str, module: nn.Module, kind: SiteKind) ->
         parts=parts,
         widths=widths,
         gate=gate,
+        hidden_size=_hidden_size(model),
     )
 
 
@@ -129,12 +131,17 @@ def default_targets(model: nn.Module, kind: SiteKind) -> set[str]:
     if not names:
         raise ValueError(
             f"{type(model).__name__} has no {kind} site that moeroute knows; pass target_modules "
-            "by name. "
-            f"{_describe_kind(kind)}"
+            f"by name. {_describe_kind(kind)}"
         )
-    suffixes = {name.rpartition(".")[2] for name in names}
+    return shortest_targets(model, names)
+
+
+def shortest_targets(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """`target_modules` that match exactly these modules, by last name parts if possible."""
+    wanted = set(names)
+    suffixes = {name.rpartition(".")[2] for name in wanted}
     matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in suffixes}
-    return suffixes if matched == set(names) else set(names)
+    return suffixes if matched == wanted else wanted
 
 
 def _tell_of_unknown_gates(model: nn.Module, unknown: Mapping[str, str], *, raises: bool) -> None:
@@ -200,7 +207,7 @@ def check_feed_forward(sites: Sequence[Site]) -> None:
         probe = torch.linspace(-1, 1, 2 * site.in_features, device=weight.device, dtype=dtype)
         probe = probe.view(1, 2, site.in_features)
         was_training = site.module.training
-        site.module.eval()
+        site.module.train()  # it drops nothing; in eval some quantised linears repack their weights
         with torch.no_grad():
             expected, ours = site.module(probe), feed_forward(site.module, site.parts, probe)
         site.module.train(was_training)
@@ -210,8 +217,7 @@ def check_feed_forward(sites: Sequence[Site]) -> None:
         ):
             raise ValueError(
                 f"{site.name}: {type(site.module).__name__} does not compute act(gate(x)) * up(x) "
-                "and down; "
-                "a mixture over it would not start from the base model. Leave it out of "
+                "and down; a mixture over it would not start from the base model. Leave it out of "
                 "target_modules"
             )
 
@@ -227,10 +233,8 @@ def warn_of_untouched_experts(model: nn.Module) -> None:
     if stacks:
         warnings.warn(
             f"{len(stacks)} stacks of experts get no adapter (first: {stacks[0]}): their weights "
-            "are 3-D "
-            "parameters, not linears. To adapt them use peft.LoraConfig(target_parameters=[...]); "
-            "name "
-            "target_modules to silence this",
+            "are 3-D parameters, not linears. To adapt them use "
+            "peft.LoraConfig(target_parameters=[...]); name target_modules to silence this",
             stacklevel=2,
         )
 
@@ -240,14 +244,20 @@ def _check_no_dropout(site: Site) -> None:
         if isinstance(module, nn.Dropout) and module.p > 0:
             raise ValueError(
                 f"{site.name}.{name} drops out with p={module.p} in training, which a mixture over "
-                "this "
-                "block would skip; load the model with that dropout at 0"
+                "this block would skip; load the model with that dropout at 0"
             )
 
 
 def _layer_index(name: str) -> int:
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(found.group(1)) if found else -1
+
+
+def _hidden_size(model: nn.Module) -> int:
+    config = getattr(model, "config", None)
+    if isinstance(config, PreTrainedConfig):
+        return getattr(config.get_text_config(decoder=True), "hidden_size", 0)
+    return 0
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:
@@ -266,8 +276,7 @@ def _no_match(model: nn.Module, kind: SiteKind, entries: list[str]) -> str:
     nearest = ", ".join(ranked[:NEAREST]) or "none"
     return (
         f"target_modules={entries} match no module of {type(model).__name__}; nothing would be "
-        "adapted. "
-        f"Nearest {kind} sites: {nearest}"
+        f"adapted. Nearest {kind} sites: {nearest}"
     )
 
 
