@@ -78,7 +78,7 @@ def test_python_blocks_run_one_after_the_other(
             replaced += block.count(hub_id)
             block = block.replace(hub_id, folder)
         exec(compile(block, "README.md", "exec"), names)
-    assert replaced == 2
+    assert replaced == 3
     assert (tmp_path / "mixed" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     assert (tmp_path / "routing.png").is_file()
@@ -100,7 +100,9 @@ def tiny_checkpoints(folder: Path) -> dict[str, str]:
     }
     made = {
         "HuggingFaceTB/SmolLM2-135M": LlamaForCausalLM(LlamaConfig(**sizes)),
-        "allenai/OLMoE-1B-7B-0924": OlmoeForCausalLM(OlmoeConfig(**sizes, num_experts=4)),
+        "allenai/OLMoE-1B-7B-0924": OlmoeForCausalLM(
+            OlmoeConfig(**sizes, num_experts=4, num_experts_per_tok=2)
+        ),
     }
     for hub_id, model in made.items():
         model.save_pretrained(folder / hub_id)

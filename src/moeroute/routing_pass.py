@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from moeroute.state_chain import StateChain
 from moeroute.types import RouterInput
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class RoutingPass:
         self._announced: SampleInputs | None = None
         self._standing = SampleInputs()
         self._memories: WeakKeyDictionary[Any, Memory] | None = None
+        self._states = StateChain()
+        self._batch_shape: tuple[int, int] | None = None
         self._unread_losses = False
         self._listeners: tuple[Listener, ...] = ()
 
@@ -71,6 +74,7 @@ class RoutingPass:
         *,
         token_ids: Tensor | None = None,
         token_mask: Tensor | None = None,
+        batch_shape: tuple[int, int] | None = None,
         samples: SampleInputs | None = None,
         cache: Any = None,
         remembers: bool = False,
@@ -80,6 +84,7 @@ class RoutingPass:
         Args:
             token_ids: (B, S).
             token_mask: (B, S) bool.
+            batch_shape: (B, S), for calls that have embeddings instead of ids.
             samples: What this call says of its samples; None takes what was announced for it, or
                 what stands for every call.
             cache: The key-value cache that this call continues, or None.
@@ -94,7 +99,11 @@ class RoutingPass:
             )
         self.records = {}
         self._unread_losses = False
+        self._states = StateChain()
         self.token_ids, self.token_mask = token_ids, token_mask
+        if batch_shape is None and token_ids is not None and token_ids.ndim == 2:
+            batch_shape = (token_ids.shape[0], token_ids.shape[1])
+        self._batch_shape = batch_shape
         self.samples = samples or self._announced or self._standing
         self._announced = None
         self.memory = (self._remembered(cache) or {}) if remembers else None
@@ -204,17 +213,29 @@ class RoutingPass:
             task_ids=_for_batch(self.samples.task_ids, shape[0]),
             sample_embeddings=_for_batch(self.samples.embeddings, shape[0]),
             memory=None if self.memory is None else self.memory.setdefault(site, {}),
+            state=self._states.before(site, first_time=self.is_open) if self.rooted else None,
             first_pass=tokens.new_zeros(count, 0) if self.rehearsing else self.first_pass,
         )
+
+    def hand_on(self, site: str, state: Tensor) -> None:
+        """Keep a layer's state for the next routed layer of this forward.
+
+        A pass without a root has no next layer: there the state is dropped. A recomputation hands
+        nothing on.
+
+        Args:
+            site: Name of the layer that says it.
+            state: (T, S_r).
+        """
+        if self.rooted and self.is_open:
+            self._states.latest = state
 
     def _sequence_shape(self, hidden_states: Tensor, count: int) -> tuple[int, int]:
         """(B, S) of the tokens; a layer that was handed them flat is told by the root's ids."""
         if hidden_states.ndim == 3:
             return hidden_states.shape[0], hidden_states.shape[1]
-        ids = self.token_ids
-        if ids is not None and ids.ndim == 2 and ids.numel() == count:
-            return ids.shape[0], ids.shape[1]
-        return 1, count
+        shape = self._batch_shape
+        return shape if shape is not None and shape[0] * shape[1] == count else (1, count)
 
 
 def _for_batch(values: Tensor | None, batch: int) -> Tensor | None:

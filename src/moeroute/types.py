@@ -5,7 +5,7 @@ Axes: B batch, S sequence, T tokens = B * S, H hidden, E experts, K slots per to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -224,6 +224,21 @@ class Paper:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GateForm:
+    """What a checkpoint's gate does, for methods that keep a part of it.
+
+    Attributes:
+        top_k: Slots a token.
+        routed_scaling_factor: What it multiplies its weights by, 1 where it does not.
+        make_router: Makes a router of our parts that equals the gate, its weights copied.
+    """
+
+    top_k: int
+    routed_scaling_factor: float
+    make_router: Callable[[], nn.Module] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Site:
     """One place in the host model; all that a method sees of it.
 
@@ -234,9 +249,10 @@ class Site:
         layer_index: Position in depth, -1 where the name holds none.
         num_layers: Decoder layers of the host, 0 if unknown.
         in_features: Width of the input (the hidden size for a gate, an MLP, a decoder layer).
-        out_features: Width of the output.
+        out_features: Width of the output; the number of experts for a gate.
         parts: Role -> attribute name of submodules, for an MLP: "gate", "up", "down", "act".
         widths: Role -> (in_features, out_features) of the linears in `parts`.
+        gate: What the gate does; None for other kinds.
         hidden_size: Width of the states that the host ends in, 0 if unknown.
     """
 
@@ -249,6 +265,7 @@ class Site:
     out_features: int
     parts: Mapping[str, str] = field(default_factory=dict)
     widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    gate: GateForm | None = None
     hidden_size: int = 0
 
 
@@ -264,7 +281,7 @@ class Method(Protocol):
         ...
 
     def build(self, site: Site, shared: nn.Module | None, /) -> nn.Module:
-        """Make the module for one site: a `SiteModule`, or a Router where site_kind is "gate"."""
+        """Make the module for one site: a `SiteModule`, or a `RoutedGate` for a gate."""
         ...
 
 

@@ -16,6 +16,10 @@ from transformers import Trainer
 import moeroute
 from moeroute.methods.existing import LoRAExpert
 
+ADAPTERS = tuple(
+    name for name in moeroute.list_methods() if moeroute.get_method(name).site_kind != "gate"
+)
+"""The methods that add something to a dense model; those at gates have a suite of their own."""
 SMALL: Mapping[str, Any] = MappingProxyType({"r": 3, "num_experts": 4})
 NUM_EXPERTS, RANK = 4, 3
 NUM_TASKS = 5

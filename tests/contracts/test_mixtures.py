@@ -6,7 +6,14 @@ import sys
 
 import pytest
 import torch
-from contracts.method_cases import case_of, loss_of_output, skip_exceptions, small, with_tasks
+from contracts.method_cases import (
+    ADAPTERS,
+    case_of,
+    loss_of_output,
+    skip_exceptions,
+    small,
+    with_tasks,
+)
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -16,8 +23,6 @@ from moeroute.integration.adapters.site_host import SiteHost
 from moeroute.methods.registry import method_field_names
 from moeroute.routing_pass import SampleInputs
 from moeroute_kernels import lora_form
-
-METHODS = moeroute.list_methods()
 
 RELOAD = """
 import sys
@@ -32,7 +37,7 @@ logits = model(**torch.load(folder + "/batch.pt")).logits
 print((logits - torch.load(folder + "/expected.pt")).abs().max().item())
 """
 
-pytestmark = pytest.mark.parametrize("name", METHODS)
+pytestmark = pytest.mark.parametrize("name", ADAPTERS)
 
 
 @pytest.fixture(autouse=True)

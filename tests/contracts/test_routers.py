@@ -1,6 +1,7 @@
 """What every router must do."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,36 @@ from moeroute.routers import All, ComposedRouter, LinearScore, TopK
 from moeroute.types import Router, RouterInput
 
 HIDDEN, EXPERTS, TOP_K, TOKENS = 6, 8, 3, 17
+STATE = 4
 SIZES = (HIDDEN, EXPERTS, TOP_K)
+PRESETS = (
+    "deepseek_v2",
+    "deepseek_v4",
+    "ernie",
+    "flint",
+    "gemma4",
+    "granite_moe",
+    "kolibri",
+    "laguna",
+    "lfm2_moe",
+    "llama4",
+    "longcat",
+    "minimax_m2",
+    "mistral4",
+    "muse_spark",
+)
 ROUTERS = {
+    **{name: partial(getattr(routers, f"{name}_router"), *SIZES) for name in PRESETS},
+    "cosine": lambda: ComposedRouter(
+        routers.CosineScore(HIDDEN, EXPERTS, space_size=4), TopK(TOP_K)
+    ),
+    "jitter": lambda: ComposedRouter(
+        routers.JitteredScore(LinearScore(HIDDEN, EXPERTS), noise=0.1), TopK(TOP_K)
+    ),
+    "laguna-capped": lambda: routers.laguna_router(*SIZES, softcap=2.0),
+    "recurrent": lambda: routers.RecurrentRouter(
+        HIDDEN, EXPERTS, TopK(TOP_K), cell=torch.nn.GRUCell(STATE, STATE)
+    ),
     "mixtral": lambda: routers.mixtral_router(*SIZES),
     "qwen_moe": lambda: routers.qwen_moe_router(*SIZES, norm_topk_prob=False),
     "qwen_moe-norm": lambda: routers.qwen_moe_router(*SIZES, norm_topk_prob=True),
@@ -24,6 +53,11 @@ ROUTERS = {
     "switch": lambda: ComposedRouter(LinearScore(HIDDEN, EXPERTS), TopK(1, normalize=False)),
 }
 WEIGHTS_SUM_TO = {
+    "cosine": 1.0,
+    "ernie": 1.0,
+    "granite_moe": 1.0,
+    "minimax_m2": 1.0,
+    "recurrent": 1.0,
     "mixtral": 1.0,
     "qwen_moe-norm": 1.0,
     "deepseek_v3": 2.5,
@@ -44,7 +78,11 @@ def build(name):
 
 
 def given(tokens):
-    return RouterInput(hidden_states=tokens, sequence_shape=(1, tokens.shape[0]))
+    return RouterInput(
+        hidden_states=tokens,
+        sequence_shape=(1, tokens.shape[0]),
+        state=torch.ones(tokens.shape[0], STATE),
+    )
 
 
 def parts(routing):
@@ -64,7 +102,7 @@ def test_shapes_dtypes_and_range(name, tokens):
     assert logits.dtype == weights.dtype == torch.float32
     assert ids.dtype == torch.int64
     assert ((ids >= 0) & (ids < EXPERTS)).all()
-    assert (weights >= 0).all()
+    assert (weights >= 0).all() or name == "gemma4"  # whose scales may have any sign
     assert all(len(set(row)) == len(row) for row in ids.tolist())
 
 

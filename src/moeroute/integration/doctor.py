@@ -14,6 +14,7 @@ from moeroute.integration.experts_report import asks_for_moeroute, experts_repor
 from moeroute.integration.finding import Finding, several
 from moeroute.integration.lazy_registration import IMPLEMENTATION
 from moeroute.integration.routing_sources import find_sources
+from moeroute.layers.post_step import stateful_parts
 from moeroute.layers.routed import routed_layers
 
 if TYPE_CHECKING:
@@ -143,6 +144,8 @@ def check_balance_loss(model: nn.Module) -> Iterator[Finding]:
     """A checkpoint's routers in training without the balance loss that its family has."""
     if not model.training or has_aux_losses(model) or not _aux_coefficient(model):
         return
+    if any(stateful_parts(layer.router) for _, layer in routed_layers(model)):
+        return  # balance comes from a bias
     routers = _routers_of([n for n, p in model.named_parameters() if p.requires_grad])
     if routers and find_sources(model).readable:
         yield Finding(

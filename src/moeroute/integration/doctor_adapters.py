@@ -8,6 +8,7 @@ from torch import nn
 
 from moeroute.integration.experts_report import experts_report, is_dispatched
 from moeroute.integration.finding import Finding, several
+from moeroute.integration.gates import HOST_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,9 +24,9 @@ def check_adapters(model: nn.Module) -> Iterator[Finding]:
     if not configs:
         return
     hosts = {
-        name.removeprefix("base_model.model."): module
+        name.removeprefix("base_model.model.").removesuffix(f".{HOST_NAME}"): module
         for name, module in model.named_modules()
-        if _is_host(module)
+        if _is_host(module) or name.endswith(f".{HOST_NAME}")
     }
     active = _active_adapters(hosts)
     yield from _several_active(active)
@@ -150,5 +151,7 @@ def _adapts_every_linear(model: nn.Module, hosts: Mapping[str, Any]) -> bool:
         and module is not head
         and not (name := full_name.removeprefix("base_model.model.")).startswith(inside)
     ]
-    linear_hosts = [host for host in hosts.values() if isinstance(host.base_layer, nn.Linear)]
+    linear_hosts = [
+        host for host in hosts.values() if isinstance(getattr(host, BASE_LAYER, None), nn.Linear)
+    ]
     return bool(linear_hosts) and not free

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moeroute.integration.gates import hosts_by_experts
 from moeroute.integration.routing_sources import bind_arguments, find_sources, plain_name
 from moeroute.integration.statistics import RoutingStats
 from moeroute.layers.routed import routed_layers, routing_passes
@@ -48,7 +49,8 @@ def track_routing(model: nn.Module, *, coactivation: bool = True) -> Iterator[Ro
         >>> print(stats.summary())
     """
     sources = find_sources(model)
-    hosts = _names_by_router(model)
+    gates = hosts_by_experts(model)
+    hosts = _names_by_router(model, gates)
     if not hosts and not sources.readable:
         raise ValueError(_nothing_to_track(model, sources))
     if sources.unreadable:
@@ -63,7 +65,7 @@ def track_routing(model: nn.Module, *, coactivation: bool = True) -> Iterator[Ro
             stack.callback(module.register_forward_pre_hook(masks.push, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(masks.pop, always_call=True).remove)
         for source in sources.readable:
-            stack.callback(_watch(source, stats, masks))
+            stack.callback(_watch(source, stats, masks, gates.get(id(source.module))))
         for routing_pass in routing_passes(model):
             stack.enter_context(routing_pass.listening(_listener(stats, masks, hosts)))
         if _is_compiled(model):
@@ -106,11 +108,18 @@ def _of_these_tokens(mask: Tensor, arguments: dict[str, Any]) -> Tensor:
     return mask.to(torch.bool)
 
 
-def _watch(source: Source, stats: RoutingStats, masks: _Masks) -> Callable[[], None]:
-    """Hook one place; the result takes the hook off again."""
+def _watch(
+    source: Source, stats: RoutingStats, masks: _Masks, gate: Any = None
+) -> Callable[[], None]:
+    """Hook one place; the result takes the hook off again.
+
+    While a method answers for the gate before it, its record tells, which knows empty slots.
+    """
 
     def keep(routed: Routed | None) -> None:
         if routed is None or _recomputing():
+            return
+        if gate is not None and gate.active_module() is not None:
             return
         mask = masks.of(routed.ids.shape[0])
         stats.add(source.name, routed.num_experts, routed.ids, routed.weights, mask)
@@ -126,11 +135,18 @@ def _watch(source: Source, stats: RoutingStats, masks: _Masks) -> Callable[[], N
     return source.module.register_forward_hook(after).remove
 
 
-def _names_by_router(model: nn.Module) -> dict[int, str]:
-    """Layer names by the identity of their routers; the class stands for a layer that is root."""
+def _names_by_router(model: nn.Module, gates: dict[int, nn.Module]) -> dict[int, str]:
+    """Layer names by the identity of their routers; the class stands for a layer that is root.
+
+    A router at a checkpoint's gate has the name of the experts, as without it.
+    """
     names: dict[int, str] = {}
     for name, layer in routed_layers(model):
         names[id(layer.router)] = plain_name(name) or type(layer).__name__
+    for name, module in model.named_modules():
+        if id(module) in gates:
+            for _, layer in routed_layers(gates[id(module)]):
+                names[id(layer.router)] = plain_name(name)
     return names
 
 

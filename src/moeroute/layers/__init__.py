@@ -15,6 +15,7 @@ from moeroute.layers.module_experts import ModuleExperts as ModuleExperts
 from moeroute.layers.moe import MoELayer as MoELayer
 from moeroute.layers.post_step import post_step as post_step
 from moeroute.layers.ragged_bank import RaggedLoRABank as RaggedLoRABank
+from moeroute.layers.routed_gate import RoutedGate as RoutedGate
 from moeroute.layers.shared_down_bank import SharedDownLoRABank as SharedDownLoRABank
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "MoELayer",
     "ModuleExperts",
     "RaggedLoRABank",
+    "RoutedGate",
     "SharedDownLoRABank",
     "SwiGLUExperts",
     "SwiGLUFeedForward",

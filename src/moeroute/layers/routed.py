@@ -42,10 +42,16 @@ def route(layer: RoutedLayer, hidden_states: Tensor, experts: nn.Module | None) 
 
     Returns:
         The routing of the T flattened tokens.
+
+    Raises:
+        RuntimeError: A recurrent router is called outside its model's forward, or under reentrant
+            activation checkpointing.
     """
     routing_pass = layer.routing_pass
     router_input = routing_pass.router_input(hidden_states, layer.site)
     routing = layer.router(router_input)
+    if routing.state is not None:
+        _hand_on(layer, routing.state)
     charged = layer.training and bool(layer.losses)
     shown = layer.training and routing_pass.is_open and not in_backward()
     watching = stateful_parts(layer.router) if shown else []
@@ -66,6 +72,17 @@ def route(layer: RoutedLayer, hidden_states: Tensor, experts: nn.Module | None) 
         if routing_pass.wants(charged=charged):
             routing_pass.keep(record, charged=charged)
     return routing
+
+
+def _hand_on(layer: RoutedLayer, state: Tensor) -> None:
+    routing_pass = layer.routing_pass
+    closed = routing_pass.rooted and not routing_pass.is_open
+    if closed and not in_backward() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{layer.site or type(layer).__name__} routes by the state of the layers before it, "
+            "but was called outside the forward of the model that was wrapped; call that model"
+        )
+    routing_pass.hand_on(layer.site, state)
 
 
 def is_routed_layer(module: nn.Module) -> TypeGuard[RoutedLayer]:

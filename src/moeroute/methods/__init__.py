@@ -2,9 +2,12 @@
 
 from moeroute.methods.adamole import AdaMoLE as AdaMoLE
 from moeroute.methods.arrow import Arrow as Arrow
+from moeroute.methods.aux_free import AuxFree as AuxFree
+from moeroute.methods.cosine import Cosine as Cosine
 from moeroute.methods.dynmole import DynMoLE as DynMoLE
 from moeroute.methods.ept import EPT as EPT
 from moeroute.methods.glider import GLIDER as GLIDER
+from moeroute.methods.group_limited import GroupLimited as GroupLimited
 from moeroute.methods.hydralora import HydraLoRA as HydraLoRA
 from moeroute.methods.lora_mixer import LoRAMixer as LoRAMixer
 from moeroute.methods.loramoe import LoRAMoE as LoRAMoE
@@ -18,7 +21,9 @@ from moeroute.methods.poly import Poly as Poly
 from moeroute.methods.registry import get_method as get_method
 from moeroute.methods.registry import list_methods as list_methods
 from moeroute.methods.remix import ReMix as ReMix
+from moeroute.methods.rmoe import RMoE as RMoE
 from moeroute.methods.smora import SMoRA as SMoRA
+from moeroute.methods.switch import Switch as Switch
 from moeroute.methods.xlora import XLoRA as XLoRA
 
 __all__ = [
@@ -28,7 +33,10 @@ __all__ = [
     "PHATGOOSE",
     "AdaMoLE",
     "Arrow",
+    "AuxFree",
+    "Cosine",
     "DynMoLE",
+    "GroupLimited",
     "HydraLoRA",
     "LoRAMixer",
     "LoRAMoE",
@@ -37,8 +45,10 @@ __all__ = [
     "MoLA",
     "MoLoRA",
     "Poly",
+    "RMoE",
     "ReMix",
     "SMoRA",
+    "Switch",
     "XLoRA",
     "get_method",
     "list_methods",

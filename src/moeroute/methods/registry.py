@@ -8,9 +8,12 @@ from typing import Any
 
 from moeroute.methods.adamole import AdaMoLE
 from moeroute.methods.arrow import Arrow
+from moeroute.methods.aux_free import AuxFree
+from moeroute.methods.cosine import Cosine
 from moeroute.methods.dynmole import DynMoLE
 from moeroute.methods.ept import EPT
 from moeroute.methods.glider import GLIDER
+from moeroute.methods.group_limited import GroupLimited
 from moeroute.methods.hydralora import HydraLoRA
 from moeroute.methods.lora_mixer import LoRAMixer
 from moeroute.methods.loramoe import LoRAMoE
@@ -22,16 +25,21 @@ from moeroute.methods.molora import MoLoRA
 from moeroute.methods.phatgoose import PHATGOOSE
 from moeroute.methods.poly import Poly
 from moeroute.methods.remix import ReMix
+from moeroute.methods.rmoe import RMoE
 from moeroute.methods.smora import SMoRA
+from moeroute.methods.switch import Switch
 from moeroute.methods.xlora import XLoRA
 from moeroute.types import Method
 
 METHODS: dict[str, type[Method]] = {
     "adamole": AdaMoLE,
     "arrow": Arrow,
+    "aux_free": AuxFree,
+    "cosine": Cosine,
     "dynmole": DynMoLE,
     "ept": EPT,
     "glider": GLIDER,
+    "group_limited": GroupLimited,
     "hydralora": HydraLoRA,
     "lora_mixer": LoRAMixer,
     "loramoe": LoRAMoE,
@@ -43,7 +51,9 @@ METHODS: dict[str, type[Method]] = {
     "phatgoose": PHATGOOSE,
     "poly": Poly,
     "remix": ReMix,
+    "rmoe": RMoE,
     "smora": SMoRA,
+    "switch": Switch,
     "xlora": XLoRA,
 }
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 TINY = 1e-20
 
@@ -28,9 +29,25 @@ def sigmoid_probs(router_logits: Tensor) -> Tensor:
     return torch.sigmoid(router_logits)
 
 
+def sqrt_softplus_probs(router_logits: Tensor) -> Tensor:
+    """sqrt(softplus(logit)) of each expert by itself: above 0, without a bound (DeepSeek-V4).
+
+    A logit so low that its softplus is 0 in its dtype gives 0 without a gradient.
+    """
+    grown = functional.softplus(router_logits)
+    safe = torch.where(grown == 0, 1.0, grown).sqrt()  # the root of 0 has an infinite gradient
+    return torch.where(grown == 0, 0.0, safe)
+
+
 def normalized_sigmoid_probs(router_logits: Tensor) -> Tensor:
     """Sigmoid divided by its row's sum: rows sum to 1; for losses over sigmoid routers."""
     probs = torch.sigmoid(router_logits)
+    return probs / (probs.sum(dim=-1, keepdim=True) + TINY)
+
+
+def normalized_sqrt_softplus_probs(router_logits: Tensor) -> Tensor:
+    """`sqrt_softplus_probs` divided by its row's sum: rows sum to 1, for losses."""
+    probs = sqrt_softplus_probs(router_logits)
     return probs / (probs.sum(dim=-1, keepdim=True) + TINY)
 
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 import torch
 
 from moeroute.routers.composed import ComposedRouter
+from moeroute.routers.group_top_k import GroupTopK
 from moeroute.routers.scores import LinearScore, NoisyLinearScore
-from moeroute.routers.select import GroupTopK, TopK, TopKSoftmax
+from moeroute.routers.select import TopK, TopKSoftmax
 from moeroute.routers.selection_bias import SelectionBias
 
 

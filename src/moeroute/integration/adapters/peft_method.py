@@ -14,8 +14,10 @@ from torch import nn
 
 from moeroute.integration.adapters.files import check_adapter_keys
 from moeroute.integration.adapters.first_pass import backbone_of, connect_first_pass, head_of
+from moeroute.integration.adapters.gate_host import GateHost, attach, detach, hosted_gates
+from moeroute.integration.adapters.hosting import MERGE_IS_UNDEFINED, SITE_PREFIX
 from moeroute.integration.adapters.root_hooks import connect, disconnect
-from moeroute.integration.adapters.site_host import MERGE_IS_UNDEFINED, SITE_PREFIX, SiteHost
+from moeroute.integration.adapters.site_host import SiteHost
 from moeroute.integration.adapters.sites import (
     check_feed_forward,
     check_targets,
@@ -23,6 +25,7 @@ from moeroute.integration.adapters.sites import (
     find_sites,
     warn_of_untouched_experts,
 )
+from moeroute.layers.routed_gate import RoutedGate
 from moeroute.methods.registry import build_method, method_fields, method_name
 from moeroute.types import Method
 from moeroute.version import __version__
@@ -102,13 +105,15 @@ class MoeRouteConfig(PeftConfig):
 
 
 class MoeRouteModel(BaseTuner):
-    """The tuner: puts a `SiteHost` in the place of every target and hooks on the model's root.
+    """The tuner: a `SiteHost` in the place of every target, hooks on the model's root.
+
+    A gate stays where it is: it gets a `GateHost` as a submodule, and a hook that asks it.
 
     Everything that can be wrong with the targets is found before the model is touched.
     """
 
     prefix = SITE_PREFIX
-    tuner_layer_cls = SiteHost
+    tuner_layer_cls = (SiteHost, GateHost)  # pyright: ignore[reportAssignmentType]
     target_module_mapping: dict[str, list[str]] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -132,6 +137,8 @@ class MoeRouteModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The base model back, adapters and hooks dropped."""
+        for _, gate in hosted_gates(self.model):
+            detach(gate)
         model = super().unload()
         disconnect(model)
         return model
@@ -180,6 +187,10 @@ class MoeRouteModel(BaseTuner):
             raise ValueError(
                 f"the adapter's file names {current_key}, which target_modules do not match"
             )
+        if isinstance(module, RoutedGate):
+            host = attach(target, getattr(parent, "experts", None), connect(self.model))
+            host.add(adapter_name, module, like=next(target.parameters()))
+            return
         if isinstance(target, SiteHost):
             target.add(adapter_name, module)
             return
@@ -230,7 +241,7 @@ def _own_config(config: PeftConfig) -> MoeRouteConfig:
 def _inside_host(model: nn.Module, name: str) -> bool:
     parents = name.split(".")
     return any(
-        isinstance(model.get_submodule(".".join(parents[:depth])), SiteHost)
+        isinstance(model.get_submodule(".".join(parents[:depth])), (SiteHost, GateHost))
         for depth in range(1, len(parents))
     )
 

@@ -1,16 +1,27 @@
-"""Hooks on a model's root: they open and close the pass, and bring its losses into output.loss."""
+"""Hooks on a model's root: they open and close the pass, and bring its losses into output.loss.
+
+Ours stands in for transformers' own balance loss. With `output_router_logits` a model adds
+`router_aux_loss_coef` times its balance loss to the loss; in training that term is taken out again
+where every gate's method charges a balance loss of its own, which knows the true ids and the
+padding. `output.aux_loss` still reports theirs. In evaluation, and where a method has no balance
+loss (its coefficient is 0, or balance comes from a bias), theirs stays.
+"""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moeroute.integration.adapters.first_pass import KeepFirstCache, RunFirstPass
+from moeroute.integration.gates import HOST_NAME
 from moeroute.layers.routed import losses_lost_their_graph
+from moeroute.losses.balance import BalanceLoss
 from moeroute.losses.total import total_loss
 from moeroute.routing_pass import RoutingPass, SampleInputs
+from moeroute.types import RoutingRecord
 
 IGNORE_INDEX = -100
 
@@ -32,6 +43,7 @@ class OpenPass:
         self.routing_pass.begin(
             token_ids=token_ids if isinstance(token_ids, Tensor) else None,
             token_mask=token_mask(kwargs.get("attention_mask"), tokens),
+            batch_shape=(tokens.shape[0], tokens.shape[1]) if isinstance(tokens, Tensor) else None,
             samples=samples,
             cache=kwargs.get("past_key_values"),
             remembers=not root.training,
@@ -71,7 +83,52 @@ class ClosePass:
         if loss is None:
             return None
         total = total_loss(self.routing_pass.read()).total
+        loss = loss - own_balance_term(root, output, records)
         return write_loss(output, loss + (total * loss_share(kwargs)).to(loss))
+
+
+def own_balance_term(
+    root: nn.Module, output: Any, records: tuple[RoutingRecord, ...]
+) -> Tensor | float:
+    """What transformers has added to the loss for the balance of gates whose methods charge it.
+
+    Args:
+        root: The transformers model.
+        output: What it returned, with `loss`.
+        records: Those of this forward that have losses.
+
+    Warns:
+        UserWarning: Only some of the gates have a balance loss of their own: both are charged.
+    """
+    aux_loss, logits = read_balance(output)
+    coefficient = router_aux_loss_coef(root)
+    if not isinstance(aux_loss, Tensor) or not coefficient:
+        return 0.0
+    balanced = {
+        record.site
+        for record in records
+        if HOST_NAME in root.get_submodule(record.site)._modules
+        and any(isinstance(loss, BalanceLoss) for loss in record.losses)
+    }
+    if not balanced:
+        return 0.0
+    if logits is not None and len(balanced) < len(logits):
+        warnings.warn(
+            f"{len(balanced)} of {len(logits)} gates have a balance loss of their own, and the "
+            "model charges one over all of them as well: those count twice. Set "
+            "output_router_logits=False, or router_aux_loss_coef=0 in the model or the method",
+            stacklevel=2,
+        )
+        return 0.0
+    return coefficient * aux_loss
+
+
+def router_aux_loss_coef(root: nn.Module) -> float:
+    """The weight that a transformers model gives its own balance loss; 0 if it has none."""
+    own = getattr(root, "router_aux_loss_coef", None)
+    config = getattr(root, "config", None)
+    text = getattr(config, "text_config", config)
+    return own if own is not None else getattr(text, "router_aux_loss_coef", None) or 0.0
 
 
 def connect(root: nn.Module) -> RoutingPass:
@@ -138,6 +195,15 @@ def read_loss(output: Any) -> Tensor | None:
         first = output[0] if output else None
         return first if isinstance(first, Tensor) and first.ndim == 0 else None
     return getattr(output, "loss", None)
+
+
+def read_balance(output: Any) -> tuple[Tensor | None, Any]:
+    """(aux_loss, router_logits) of a ModelOutput, a dict or a tuple of one, in its order."""
+    if isinstance(output, dict):
+        return output.get("aux_loss"), output.get("router_logits")
+    if not isinstance(output, tuple) or len(output) < 3 or not isinstance(output[1], Tensor):
+        return None, None
+    return (output[1], output[-1]) if output[1].ndim == 0 else (None, None)
 
 
 def write_loss(output: Any, loss: Tensor) -> Any:

@@ -8,10 +8,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from moeroute.layers.routed import is_routed_layer
+from moeroute.integration.adapters.hosting import (
+    MERGE_IS_UNDEFINED,
+    SITE_PREFIX,
+    check_one_active,
+    first_active,
+    take_in,
+)
 from moeroute.routing_pass import RoutingPass
-
-SITE_PREFIX = "moeroute_site"
 
 
 class SiteHost(nn.Module, BaseTunerLayer):
@@ -40,19 +44,9 @@ class SiteHost(nn.Module, BaseTunerLayer):
 
     def add(self, adapter_name: str, module: nn.Module) -> None:
         """Host `module` under an adapter's name."""
-        for part in module.modules():
-            if is_routed_layer(part):
-                part.routing_pass = self.routing_pass
         module.train(self.training)
-        self.moeroute_site[adapter_name] = module
-        exact = [
-            (owner, key, value)
-            for owner in module.modules()
-            for key, value in owner.named_buffers(recurse=False)
-        ]
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        for owner, key, value in exact:  # PEFT widens parameters again after this cast, not buffers
-            setattr(owner, key, value.to(owner.get_buffer(key).device))
+        move = self._move_adapter_to_device_of_base_layer
+        take_in(self.moeroute_site, adapter_name, module, self.routing_pass, move)
 
     def set_adapter(
         self,
@@ -65,22 +59,14 @@ class SiteHost(nn.Module, BaseTunerLayer):
             ValueError: More than one of this site's adapters is named.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        here = [name for name in names if name in self.moeroute_site]
-        if len(here) > 1:
-            raise ValueError(
-                f"adapters {here} cannot be active together: each answers for the whole module. "
-                "Activate one with set_adapter(name)"
-            )
+        check_one_active(self.moeroute_site, names)
         super().set_adapter(names, inference_mode=inference_mode)
 
     def active_module(self) -> nn.Module | None:
         """What answers here now; None if the base does."""
         if self.disable_adapters or self.routing_pass.resting:
             return None
-        for name in self.active_adapters:
-            if name in self.moeroute_site:
-                return self.moeroute_site[name]
-        return None
+        return first_active(self.moeroute_site, self.active_adapters)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Answer for the base module.
@@ -121,10 +107,3 @@ class SiteHost(nn.Module, BaseTunerLayer):
         for parameter in base_layer.parameters():
             return parameter.device, parameter.dtype if parameter.is_floating_point() else None
         return None, None
-
-
-MERGE_IS_UNDEFINED = (
-    "merging is undefined for a mixture whose weights depend on the token: no single matrix equals "
-    "it. Keep the adapter (save_pretrained, PeftModel.from_pretrained), take a plain LoRA near it "
-    "by moeroute.merge(model), or drop it with moeroute.unwrap_model(model) to get the base back"
-)

@@ -13,6 +13,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from moeroute.integration.gate_families import GATES
+from moeroute.integration.gates import gate_form, gate_sizes, unknown_gates
 from moeroute.layers.lora_ffn import feed_forward
 from moeroute.types import Site, SiteKind
 
@@ -68,9 +70,11 @@ def make_site(model: nn.Module, name: str, module: nn.Module, kind: SiteKind) ->
         for role, attribute in parts.items()
         if role != "act" and (sizes := linear_widths(base.get_submodule(attribute)))
     }
-    own = linear_widths(base) if kind == "linear" else (widths["up"][0], widths["down"][1])
+    own, gate = _own_widths(base, kind, widths), None
     if own is None:
         return None
+    if kind == "gate":
+        gate = gate_form(base, model.get_submodule(name.rpartition(".")[0]))
     return Site(
         name=name,
         kind=kind,
@@ -81,8 +85,21 @@ def make_site(model: nn.Module, name: str, module: nn.Module, kind: SiteKind) ->
         out_features=own[1],
         parts=parts,
         widths=widths,
+        gate=gate,
         hidden_size=_hidden_size(model),
     )
+
+
+def _own_widths(
+    module: nn.Module, kind: SiteKind, widths: Mapping[str, tuple[int, int]]
+) -> tuple[int, int] | None:
+    if kind == "linear":
+        return linear_widths(module)
+    if kind == "mlp":
+        return widths["up"][0], widths["down"][1]
+    if kind == "gate" and type(module).__name__ in GATES:
+        return gate_sizes(module)[:2]
+    return None
 
 
 def find_sites(model: nn.Module, kind: SiteKind) -> list[Site]:
@@ -108,6 +125,9 @@ def default_targets(model: nn.Module, kind: SiteKind) -> set[str]:
         ValueError: The model has no such place.
     """
     names = [site.name for site in find_sites(model, kind)]
+    unknown = unknown_gates(model) if kind == "gate" else {}
+    if unknown:
+        _tell_of_unknown_gates(model, unknown, raises=not names)
     if not names:
         raise ValueError(
             f"{type(model).__name__} has no {kind} site that moeroute knows; pass target_modules "
@@ -122,6 +142,18 @@ def shortest_targets(model: nn.Module, names: Iterable[str]) -> set[str]:
     suffixes = {name.rpartition(".")[2] for name in wanted}
     matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in suffixes}
     return suffixes if matched == wanted else wanted
+
+
+def _tell_of_unknown_gates(model: nn.Module, unknown: Mapping[str, str], *, raises: bool) -> None:
+    """Say that a family's gates are not known; raise ValueError if there are no others."""
+    place, reason = next(iter(unknown.items()))
+    message = (
+        f"{type(model).__name__} has {len(unknown)} gates at which no method can stand, first "
+        f"{place}, a {reason}. Known gates: {', '.join(sorted(GATES))}"
+    )
+    if raises:
+        raise ValueError(message)
+    warnings.warn(f"{message}. They keep the checkpoint's routing", stacklevel=2)
 
 
 def check_targets(
@@ -147,6 +179,9 @@ def check_targets(
         module = model.get_submodule(name)
         site = make_site(model, name, module, kind)
         if site is None:
+            reason = unknown_gates(model).get(name) if kind == "gate" else None
+            if reason is not None:
+                raise ValueError(f"no method can stand at {name}, a {reason}")
             raise ValueError(
                 f"{name} is a {type(module).__name__}, not a {kind} site; {_describe_kind(kind)}. "
                 "Change target_modules or exclude_modules"
@@ -253,4 +288,6 @@ def _describe_kind(kind: SiteKind) -> str:
     if kind == "mlp":
         known = "; ".join("/".join(parts.values()) for parts in MLP_PARTS)
         return f"a feed-forward block holds linears and an activation named as one of: {known}"
+    if kind == "gate":
+        return f"a gate is one of {', '.join(sorted(GATES))}"
     return "a linear has in_features and out_features"

@@ -14,6 +14,7 @@ from moeroute.integration.adapters.expert_lora import (
     is_fast_expert_lora,
     restore_expert_lora,
 )
+from moeroute.integration.adapters.gate_host import GateHost, detach, hosted_gates
 from moeroute.integration.adapters.inputs import accept_routing_inputs
 from moeroute.integration.adapters.peft_method import MoeRouteConfig
 from moeroute.integration.adapters.root_hooks import disconnect
@@ -83,10 +84,12 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     if is_fast_expert_lora(model) and isinstance(model, PeftModel):
         restore_expert_lora(model)
         return model.unload()
-    if not any(isinstance(module, SiteHost) for module in model.modules()):
+    if not any(isinstance(module, (SiteHost, GateHost)) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is not wrapped by moeroute; nothing to undo")
     if isinstance(model, PeftModel):
         return model.unload()
+    for _, gate in hosted_gates(model):
+        detach(gate)
     for name, module in list(model.named_modules()):
         if isinstance(module, SiteHost):
             parent, _, child = name.rpartition(".")
