@@ -16,6 +16,7 @@ from transformers import Trainer
 import moeroute
 from moeroute.methods.existing import LoRAExpert
 
+ADDED: Mapping[str, Any] = MappingProxyType({"num_experts": 4, "intermediate_size": 6})
 SMALL: Mapping[str, Any] = MappingProxyType({"r": 3, "num_experts": 4})
 NUM_EXPERTS, RANK = 4, 3
 NUM_TASKS = 5
@@ -76,6 +77,13 @@ def permute_kernels(key: str, parameter: torch.Tensor, order: torch.Tensor) -> t
         return parameter
     order = torch.tensor([1, 0, 3, 2])
     return parameter[:, order] if key.endswith("task_embeddings") else parameter[order]
+
+
+def permute_hashed(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The same where a table names experts."""
+    if key.endswith("table"):
+        return torch.argsort(order)[parameter]
+    return permute_experts(key, parameter, order)
 
 
 def seeded_loss(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -193,6 +201,15 @@ CASES: Mapping[str, MethodCase] = MappingProxyType(
             prepare=give_instructions,
             waits=True,
             exceptions=NEEDS_ADAPTERS,
+        ),
+        "blockffn": MethodCase(fields=ADDED, second={"num_experts": 2}),
+        "expert_choice": MethodCase(
+            fields=ADDED,
+            second={"num_experts": 2},
+            trainer=partial(Trainer, callbacks=[moeroute.PostStepCallback()]),
+        ),
+        "hash_layers": MethodCase(
+            fields=ADDED | {"table_size": 50}, second={"num_experts": 2}, permute=permute_hashed
         ),
         "remix": MethodCase(loss_of=loss_of_draws, trainer=DrawingTrainer),
         "hydralora": MethodCase(permute=permute_heads),

@@ -68,9 +68,10 @@ def tell(host, name, x):
     """Give a layer that is called by itself on x what its router asks of samples and the model."""
     known = with_tasks(name, {"input_ids": torch.zeros(x.shape[0], 1)})
     host.routing_pass.begin(
+        token_ids=torch.zeros(x.shape[:-1], dtype=torch.int64),
         samples=SampleInputs(
             task_ids=known.get("task_ids"), embeddings=known.get("sample_embeddings")
-        )
+        ),
     )
     host.routing_pass.end()
     if case_of(name).first_pass:

@@ -1,5 +1,6 @@
 """Auxiliary losses: pure functions of what a layer routed."""
 
+from moeroute.losses.active_weight import ActiveWeightLoss as ActiveWeightLoss
 from moeroute.losses.balance import BalanceLoss as BalanceLoss
 from moeroute.losses.coupling import ERCLoss as ERCLoss
 from moeroute.losses.importance import ImportanceLoss as ImportanceLoss
@@ -12,6 +13,7 @@ from moeroute.losses.total import total_loss as total_loss
 from moeroute.losses.z import ZLoss as ZLoss
 
 __all__ = [
+    "ActiveWeightLoss",
     "BalanceLoss",
     "ERCLoss",
     "ImportanceLoss",

@@ -3,11 +3,14 @@
 from moeroute.methods.adamole import AdaMoLE as AdaMoLE
 from moeroute.methods.arrow import Arrow as Arrow
 from moeroute.methods.aux_free import AuxFree as AuxFree
+from moeroute.methods.blockffn import BlockFFN as BlockFFN
 from moeroute.methods.cosine import Cosine as Cosine
 from moeroute.methods.dynmole import DynMoLE as DynMoLE
 from moeroute.methods.ept import EPT as EPT
+from moeroute.methods.expert_choice import ExpertChoice as ExpertChoice
 from moeroute.methods.glider import GLIDER as GLIDER
 from moeroute.methods.group_limited import GroupLimited as GroupLimited
+from moeroute.methods.hash_layers import HashLayers as HashLayers
 from moeroute.methods.hydralora import HydraLoRA as HydraLoRA
 from moeroute.methods.lora_mixer import LoRAMixer as LoRAMixer
 from moeroute.methods.loramoe import LoRAMoE as LoRAMoE
@@ -20,10 +23,12 @@ from moeroute.methods.phatgoose import PHATGOOSE as PHATGOOSE
 from moeroute.methods.poly import Poly as Poly
 from moeroute.methods.registry import get_method as get_method
 from moeroute.methods.registry import list_methods as list_methods
+from moeroute.methods.relu_routing import ReLURouting as ReLURouting
 from moeroute.methods.remix import ReMix as ReMix
 from moeroute.methods.rmoe import RMoE as RMoE
 from moeroute.methods.smora import SMoRA as SMoRA
 from moeroute.methods.switch import Switch as Switch
+from moeroute.methods.top_p import TopP as TopP
 from moeroute.methods.xlora import XLoRA as XLoRA
 
 __all__ = [
@@ -34,9 +39,12 @@ __all__ = [
     "AdaMoLE",
     "Arrow",
     "AuxFree",
+    "BlockFFN",
     "Cosine",
     "DynMoLE",
+    "ExpertChoice",
     "GroupLimited",
+    "HashLayers",
     "HydraLoRA",
     "LoRAMixer",
     "LoRAMoE",
@@ -46,9 +54,11 @@ __all__ = [
     "MoLoRA",
     "Poly",
     "RMoE",
+    "ReLURouting",
     "ReMix",
     "SMoRA",
     "Switch",
+    "TopP",
     "XLoRA",
     "get_method",
     "list_methods",

@@ -18,6 +18,7 @@ from moeroute.routers.capacity import Capacity as Capacity
 from moeroute.routers.collect import routers_in as routers_in
 from moeroute.routers.composed import ComposedRouter as ComposedRouter
 from moeroute.routers.cosine import CosineScore as CosineScore
+from moeroute.routers.density import DensityControl as DensityControl
 from moeroute.routers.expert_choice import ExpertChoice as ExpertChoice
 from moeroute.routers.expert_scale import ExpertScale as ExpertScale
 from moeroute.routers.families import deepseek_v3_router as deepseek_v3_router
@@ -70,6 +71,7 @@ __all__ = [
     "Capacity",
     "ComposedRouter",
     "CosineScore",
+    "DensityControl",
     "ExpertChoice",
     "ExpertScale",
     "GroupTopK",

@@ -6,10 +6,12 @@ Axes: T tokens, E experts, C tokens an expert.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from moeroute.ops.exact import uncast
 from moeroute.ops.probs import softmax_probs
 from moeroute.ops.queue import rows_allowed
 from moeroute.ops.ranks import sum_over_ranks
@@ -130,6 +132,12 @@ class ExpertChoice(nn.Module):
         kept = torch.where(sums[-1] > 0, self.momentum, 1.0)
         self.thresholds.mul_(kept).add_((1.0 - kept) * mean)
         self._seen = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:  # noqa: FBT001
+        kept = self.thresholds
+        super()._apply(fn, recurse)
+        self.thresholds = uncast(kept, self.thresholds)
+        return self
 
     def _capacity(self, probs: Tensor, token_mask: Tensor | None) -> Tensor | int:
         return rows_allowed(probs.shape[0], self.capacity_factor / probs.shape[1], token_mask)

@@ -27,5 +27,5 @@ def fixed(score: ScoreModule) -> ScoreModule:
     for module in score.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             delattr(module, name)
-            module.register_buffer(name, parameter.detach().clone())
+            module.register_buffer(name, parameter.detach())
     return score

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from moeroute.ops.exact import uncast
 from moeroute.ops.load import tokens_per_expert
 from moeroute.ops.probs import TINY
 from moeroute.ops.ranks import sum_over_ranks
@@ -132,9 +133,7 @@ class SelectionBias(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:  # noqa: FBT001
         kept = self.e_score_correction_bias
         super()._apply(fn, recurse)
-        moved = self.e_score_correction_bias
-        if moved.dtype != kept.dtype:
-            self.e_score_correction_bias = kept.to(moved.device)
+        self.e_score_correction_bias = uncast(kept, self.e_score_correction_bias)
         return self
 
 
