@@ -86,6 +86,11 @@ def permute_hashed(key: str, parameter: torch.Tensor, order: torch.Tensor) -> to
     return permute_experts(key, parameter, order)
 
 
+def permute_mlp_gates(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The same where gates are networks: their inner units are no experts."""
+    return parameter if key.endswith(".inner.weight") else permute_experts(key, parameter, order)
+
+
 def seeded_loss(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The loss of a method that draws in training, with the same draw at every call."""
     torch.manual_seed(11)
@@ -241,6 +246,15 @@ CASES: Mapping[str, MethodCase] = MappingProxyType(
             by_task=True,
             loss_of=seeded_loss,
             permute=permute_skills,
+        ),
+        "t2mir": MethodCase(
+            fields=ADDED | {"contrast_loss_coef": 0.0},
+            second={"num_experts": 2},
+            loss_of=seeded_loss,
+            permute=permute_mlp_gates,
+            exceptions={
+                "test_defaults_build_on_any_model_that_has_the_site": "its loss needs pairs",
+            },
         ),
         "phatgoose": MethodCase(
             fields={"top_k": 2, **EXISTING},

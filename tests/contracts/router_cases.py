@@ -121,6 +121,15 @@ ROUTERS: Mapping[str, RouterCase] = {
     "scaled": scored(lambda: routers.ScaledScore(linear(), factor=0.5)),
     "normed": scored(lambda: routers.NormedScore(linear())),
     "mlp": scored(lambda: routers.MLPScore(HIDDEN, EXPERTS)),
+    "noisy": scored(lambda: routers.NoisyScore(linear()), draws=True),
+    "momentum": RouterCase(
+        make=lambda: routers.MomentumRouter(routers.MLPScore(HIDDEN, EXPERTS), TopK(TOP_K)),
+        weights_sum_to=1.0,
+        exceptions={
+            "test_gradient_reaches_every_parameter_and_the_tokens": "its W learns from pairs alone",
+            "test_activation_checkpointing_gives_the_same_gradients": "the same",
+        },
+    ),
     "fixed": scored(lambda: routers.fixed(linear())),
     "fixed-cosine": scored(
         lambda: routers.fixed(routers.CosineScore(HIDDEN, EXPERTS, space_size=4))

@@ -29,9 +29,7 @@ def test_the_losses_make_the_router_sure_and_the_load_even():
     layer(torch.randn(30, 6))
     report = moeroute.aux_losses(layer)
     assert set(report.parts) == {"BalanceLoss", "EntropyLoss"}
-    assert report.parts["EntropyLoss"].item() == pytest.approx(
-        1.0, abs=0.01
-    )  # nearly equal at first
+    assert report.parts["EntropyLoss"].item() == pytest.approx(1.0, abs=0.01)
     assert TopP(entropy_loss_coef=0, router_aux_loss_coef=0).losses() == ()
 
 

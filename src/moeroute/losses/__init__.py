@@ -6,6 +6,7 @@ from moeroute.losses.coupling import ERCLoss as ERCLoss
 from moeroute.losses.importance import ImportanceLoss as ImportanceLoss
 from moeroute.losses.policy_gradient import rloo_surrogate as rloo_surrogate
 from moeroute.losses.preserve import PreserveLoss as PreserveLoss
+from moeroute.losses.same_pair import SamePairLoss as SamePairLoss
 from moeroute.losses.soft_balance import SoftBalanceLoss as SoftBalanceLoss
 from moeroute.losses.task_contrast import TaskContrastLoss as TaskContrastLoss
 from moeroute.losses.total import LossReport as LossReport
@@ -19,6 +20,7 @@ __all__ = [
     "ImportanceLoss",
     "LossReport",
     "PreserveLoss",
+    "SamePairLoss",
     "SoftBalanceLoss",
     "TaskContrastLoss",
     "ZLoss",

@@ -28,6 +28,7 @@ from moeroute.methods.remix import ReMix as ReMix
 from moeroute.methods.rmoe import RMoE as RMoE
 from moeroute.methods.smora import SMoRA as SMoRA
 from moeroute.methods.switch import Switch as Switch
+from moeroute.methods.t2mir import T2MIR as T2MIR
 from moeroute.methods.top_p import TopP as TopP
 from moeroute.methods.xlora import XLoRA as XLoRA
 
@@ -36,6 +37,7 @@ __all__ = [
     "GLIDER",
     "MHR",
     "PHATGOOSE",
+    "T2MIR",
     "AdaMoLE",
     "Arrow",
     "AuxFree",

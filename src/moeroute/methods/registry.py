@@ -32,6 +32,7 @@ from moeroute.methods.remix import ReMix
 from moeroute.methods.rmoe import RMoE
 from moeroute.methods.smora import SMoRA
 from moeroute.methods.switch import Switch
+from moeroute.methods.t2mir import T2MIR
 from moeroute.methods.top_p import TopP
 from moeroute.methods.xlora import XLoRA
 from moeroute.types import Method
@@ -63,6 +64,7 @@ METHODS: dict[str, type[Method]] = {
     "rmoe": RMoE,
     "smora": SMoRA,
     "switch": Switch,
+    "t2mir": T2MIR,
     "top_p": TopP,
     "xlora": XLoRA,
 }

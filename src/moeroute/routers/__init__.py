@@ -47,6 +47,8 @@ from moeroute.routers.hash import HashScore as HashScore
 from moeroute.routers.hash import balanced_table as balanced_table
 from moeroute.routers.jitter import JitteredScore as JitteredScore
 from moeroute.routers.mlp_score import MLPScore as MLPScore
+from moeroute.routers.momentum import MomentumRouter as MomentumRouter
+from moeroute.routers.noisy import NoisyScore as NoisyScore
 from moeroute.routers.positive import Positive as Positive
 from moeroute.routers.positive import PositiveRMS as PositiveRMS
 from moeroute.routers.recurrent import RecurrentRouter as RecurrentRouter
@@ -79,7 +81,9 @@ __all__ = [
     "JitteredScore",
     "LinearScore",
     "MLPScore",
+    "MomentumRouter",
     "NoisyLinearScore",
+    "NoisyScore",
     "NormedScore",
     "Positive",
     "PositiveRMS",
