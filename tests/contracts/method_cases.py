@@ -86,6 +86,15 @@ def permute_hashed(key: str, parameter: torch.Tensor, order: torch.Tensor) -> to
     return permute_experts(key, parameter, order)
 
 
+def permute_computing(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The same where other experts come after the four, and stay in their place."""
+    if ".experts.experts." in key:
+        return parameter[order]
+    if key.endswith("score.weight"):
+        return torch.cat([parameter[order], parameter[NUM_EXPERTS:]])
+    return parameter
+
+
 def permute_mlp_gates(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """The same where gates are networks: their inner units are no experts."""
     return parameter if key.endswith(".inner.weight") else permute_experts(key, parameter, order)
@@ -246,6 +255,11 @@ CASES: Mapping[str, MethodCase] = MappingProxyType(
             by_task=True,
             loss_of=seeded_loss,
             permute=permute_skills,
+        ),
+        "null_experts": MethodCase(
+            fields=ADDED | {"gating_residual": False, "top_k": 3},
+            second={"num_experts": 3},
+            permute=permute_computing,
         ),
         "t2mir": MethodCase(
             fields=ADDED | {"contrast_loss_coef": 0.0},

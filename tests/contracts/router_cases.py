@@ -13,7 +13,7 @@ from moeroute import routers
 from moeroute.routers import All, ComposedRouter, LinearScore, TopK, TopKSoftmax
 
 HIDDEN, EXPERTS, TOP_K, TOKENS = 6, 8, 3, 17
-STATE = 4
+STATE = 8
 SIZES = (HIDDEN, EXPERTS, TOP_K)
 PRESETS = (
     "deepseek_v2",
@@ -129,6 +129,9 @@ ROUTERS: Mapping[str, RouterCase] = {
             "test_gradient_reaches_every_parameter_and_the_tokens": "its W learns from pairs alone",
             "test_activation_checkpointing_gives_the_same_gradients": "the same",
         },
+    ),
+    "pathway": RouterCase(
+        make=lambda: routers.PathwayRouter(linear(), TopK(TOP_K)), weights_sum_to=1.0
     ),
     "fixed": scored(lambda: routers.fixed(linear())),
     "fixed-cosine": scored(

@@ -4,6 +4,7 @@ from moeroute.losses.active_weight import ActiveWeightLoss as ActiveWeightLoss
 from moeroute.losses.balance import BalanceLoss as BalanceLoss
 from moeroute.losses.coupling import ERCLoss as ERCLoss
 from moeroute.losses.importance import ImportanceLoss as ImportanceLoss
+from moeroute.losses.kinds_balance import KindsBalanceLoss as KindsBalanceLoss
 from moeroute.losses.policy_gradient import rloo_surrogate as rloo_surrogate
 from moeroute.losses.preserve import PreserveLoss as PreserveLoss
 from moeroute.losses.same_pair import SamePairLoss as SamePairLoss
@@ -18,6 +19,7 @@ __all__ = [
     "BalanceLoss",
     "ERCLoss",
     "ImportanceLoss",
+    "KindsBalanceLoss",
     "LossReport",
     "PreserveLoss",
     "SamePairLoss",

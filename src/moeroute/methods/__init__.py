@@ -19,6 +19,7 @@ from moeroute.methods.mixlora import MixLoRA as MixLoRA
 from moeroute.methods.moelora import MOELoRA as MOELoRA
 from moeroute.methods.mola import MoLA as MoLA
 from moeroute.methods.molora import MoLoRA as MoLoRA
+from moeroute.methods.null_experts import NullExperts as NullExperts
 from moeroute.methods.phatgoose import PHATGOOSE as PHATGOOSE
 from moeroute.methods.poly import Poly as Poly
 from moeroute.methods.registry import get_method as get_method
@@ -54,6 +55,7 @@ __all__ = [
     "MixLoRA",
     "MoLA",
     "MoLoRA",
+    "NullExperts",
     "Poly",
     "RMoE",
     "ReLURouting",

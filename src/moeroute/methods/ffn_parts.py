@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from torch import nn
+
 from moeroute.layers.beside import BesideFeedForward, start_at_zero
 from moeroute.layers.moe import MoELayer
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from moeroute.types import AuxLoss, Site
 
 
@@ -29,6 +29,18 @@ class AddedFields(Protocol):
     def intermediate_size(self) -> int:
         """Width of one expert."""
         ...
+
+
+class FirstSite(nn.Module):
+    """Which of the sites comes first.
+
+    Args:
+        name: Its name.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
 
 
 def check_added_fields(method: AddedFields) -> None:

@@ -25,6 +25,7 @@ from moeroute.methods.mixlora import MixLoRA
 from moeroute.methods.moelora import MOELoRA
 from moeroute.methods.mola import MoLA
 from moeroute.methods.molora import MoLoRA
+from moeroute.methods.null_experts import NullExperts
 from moeroute.methods.phatgoose import PHATGOOSE
 from moeroute.methods.poly import Poly
 from moeroute.methods.relu_routing import ReLURouting
@@ -57,6 +58,7 @@ METHODS: dict[str, type[Method]] = {
     "moelora": MOELoRA,
     "mola": MoLA,
     "molora": MoLoRA,
+    "null_experts": NullExperts,
     "phatgoose": PHATGOOSE,
     "poly": Poly,
     "relu_routing": ReLURouting,

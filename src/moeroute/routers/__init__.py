@@ -49,6 +49,7 @@ from moeroute.routers.jitter import JitteredScore as JitteredScore
 from moeroute.routers.mlp_score import MLPScore as MLPScore
 from moeroute.routers.momentum import MomentumRouter as MomentumRouter
 from moeroute.routers.noisy import NoisyScore as NoisyScore
+from moeroute.routers.pathway import PathwayRouter as PathwayRouter
 from moeroute.routers.positive import Positive as Positive
 from moeroute.routers.positive import PositiveRMS as PositiveRMS
 from moeroute.routers.recurrent import RecurrentRouter as RecurrentRouter
@@ -85,6 +86,7 @@ __all__ = [
     "NoisyLinearScore",
     "NoisyScore",
     "NormedScore",
+    "PathwayRouter",
     "Positive",
     "PositiveRMS",
     "RecurrentRouter",
