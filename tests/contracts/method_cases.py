@@ -95,6 +95,13 @@ def permute_computing(key: str, parameter: torch.Tensor, order: torch.Tensor) ->
     return parameter
 
 
+def permute_slots(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The same where experts have slots, on the second axis."""
+    if key.endswith("scale"):
+        return parameter
+    return parameter[:, order] if key.endswith("phi") else parameter[order]
+
+
 def permute_mlp_gates(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """The same where gates are networks: their inner units are no experts."""
     return parameter if key.endswith(".inner.weight") else permute_experts(key, parameter, order)
@@ -260,6 +267,14 @@ CASES: Mapping[str, MethodCase] = MappingProxyType(
             fields=ADDED | {"gating_residual": False, "top_k": 3},
             second={"num_experts": 3},
             permute=permute_computing,
+        ),
+        "soft_moe": MethodCase(
+            fields=ADDED | {"slots_per_expert": 2},
+            second={"slots_per_expert": 1},
+            permute=permute_slots,
+            exceptions={
+                "test_generate_with_a_cache_equals_without": "its tokens see later ones",
+            },
         ),
         "t2mir": MethodCase(
             fields=ADDED | {"contrast_loss_coef": 0.0},

@@ -34,7 +34,10 @@ logits = model(**torch.load(folder + "/batch.pt")).logits
 print((logits - torch.load(folder + "/expected.pt")).abs().max().item())
 """
 
-pytestmark = pytest.mark.parametrize("name", METHODS)
+pytestmark = [
+    pytest.mark.parametrize("name", METHODS),
+    pytest.mark.filterwarnings("ignore:.* mixes all tokens of a sample"),
+]
 
 
 @pytest.fixture(autouse=True)

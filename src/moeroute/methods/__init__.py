@@ -28,6 +28,7 @@ from moeroute.methods.relu_routing import ReLURouting as ReLURouting
 from moeroute.methods.remix import ReMix as ReMix
 from moeroute.methods.rmoe import RMoE as RMoE
 from moeroute.methods.smora import SMoRA as SMoRA
+from moeroute.methods.soft_moe import SoftMoE as SoftMoE
 from moeroute.methods.switch import Switch as Switch
 from moeroute.methods.t2mir import T2MIR as T2MIR
 from moeroute.methods.top_p import TopP as TopP
@@ -61,6 +62,7 @@ __all__ = [
     "ReLURouting",
     "ReMix",
     "SMoRA",
+    "SoftMoE",
     "Switch",
     "TopP",
     "XLoRA",

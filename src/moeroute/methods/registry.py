@@ -32,6 +32,7 @@ from moeroute.methods.relu_routing import ReLURouting
 from moeroute.methods.remix import ReMix
 from moeroute.methods.rmoe import RMoE
 from moeroute.methods.smora import SMoRA
+from moeroute.methods.soft_moe import SoftMoE
 from moeroute.methods.switch import Switch
 from moeroute.methods.t2mir import T2MIR
 from moeroute.methods.top_p import TopP
@@ -65,6 +66,7 @@ METHODS: dict[str, type[Method]] = {
     "remix": ReMix,
     "rmoe": RMoE,
     "smora": SMoRA,
+    "soft_moe": SoftMoE,
     "switch": Switch,
     "t2mir": T2MIR,
     "top_p": TopP,
