@@ -17,6 +17,10 @@ import moeroute
 from moeroute.methods.existing import LoRAExpert
 
 ADDED: Mapping[str, Any] = MappingProxyType({"num_experts": 4, "intermediate_size": 6})
+ADAPTERS = tuple(
+    name for name in moeroute.list_methods() if moeroute.get_method(name).site_kind != "gate"
+)
+"""The methods that add something to a dense model; those at gates have a suite of their own."""
 SMALL: Mapping[str, Any] = MappingProxyType({"r": 3, "num_experts": 4})
 NUM_EXPERTS, RANK = 4, 3
 NUM_TASKS = 5
@@ -139,6 +143,7 @@ class MethodCase:
         trainer: What makes a Trainer that trains all of the method.
         first_pass: How many numbers a first pass says of each token, if there is one.
         waits: Whether its experts are frozen and do nothing until adapters fill them.
+        learning_rate: At which a few steps lower the loss.
         permute: (key, parameter, order) to the parameter with its experts in another order.
         exceptions: Name of a test of the suite -> why it cannot hold for this method.
     """
@@ -154,6 +159,7 @@ class MethodCase:
     trainer: Callable[..., Trainer] = Trainer
     first_pass: int = 0
     waits: bool = False
+    learning_rate: float = 0.01
     permute: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor] = permute_experts
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
@@ -283,6 +289,14 @@ CASES: Mapping[str, MethodCase] = MappingProxyType(
             permute=permute_mlp_gates,
             exceptions={
                 "test_defaults_build_on_any_model_that_has_the_site": "its loss needs pairs",
+            },
+        ),
+        "union_of_experts": MethodCase(
+            fields={"num_experts": 4, "top_k": 4, "capacity": 1.0},
+            second={"num_experts": 2, "top_k": 2},
+            learning_rate=0.3,
+            exceptions={
+                "test_permuting_experts_leaves_the_output_unchanged": "slices have their places",
             },
         ),
         "phatgoose": MethodCase(

@@ -189,6 +189,10 @@ ROUTERS: Mapping[str, RouterCase] = {
         empties=True,
         exceptions=TOKENS_COMPETE,
     ),
+    "capacity-by_sequence": RouterCase(
+        make=lambda: routers.SequenceCapacity(ComposedRouter(linear(), TopK(TOP_K)), share=0.4),
+        empties=True,
+    ),
     "sinkhorn": selected(lambda: routers.SinkhornTopK(TOP_K)),
     "sinkhorn-one": selected(lambda: routers.SinkhornTopK(1)),
     "base": RouterCase(

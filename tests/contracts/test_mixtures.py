@@ -6,7 +6,14 @@ import sys
 
 import pytest
 import torch
-from contracts.method_cases import case_of, loss_of_output, skip_exceptions, small, with_tasks
+from contracts.method_cases import (
+    ADAPTERS,
+    case_of,
+    loss_of_output,
+    skip_exceptions,
+    small,
+    with_tasks,
+)
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -16,10 +23,6 @@ from moeroute.integration.adapters.site_host import SiteHost
 from moeroute.methods.registry import method_field_names
 from moeroute.routing_pass import SampleInputs
 from moeroute_kernels import lora_form
-
-METHODS = [
-    name for name in moeroute.list_methods() if moeroute.get_method(name).site_kind != "gate"
-]
 
 RELOAD = """
 import sys
@@ -35,7 +38,7 @@ print((logits - torch.load(folder + "/expected.pt")).abs().max().item())
 """
 
 pytestmark = [
-    pytest.mark.parametrize("name", METHODS),
+    pytest.mark.parametrize("name", ADAPTERS),
     pytest.mark.filterwarnings("ignore:.* mixes all tokens of a sample"),
 ]
 
@@ -389,7 +392,7 @@ def test_trains_with_trainer_and_resumes_with_the_same_losses(name, make_llama, 
             per_device_train_batch_size=3,
             max_steps=steps,
             lr_scheduler_type="constant",
-            learning_rate=0.01,
+            learning_rate=case_of(name).learning_rate,
             logging_steps=1,
             save_steps=2,
             remove_unused_columns=False,

@@ -5,7 +5,7 @@ The suite's own opaque linears stand for quantised bases where bitsandbytes is n
 
 import pytest
 import torch
-from contracts.method_cases import case_of, small, with_tasks
+from contracts.method_cases import ADAPTERS, case_of, small, with_tasks
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -14,7 +14,7 @@ import moeroute
 pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
 
 LINEARS = 14
-pytestmark = pytest.mark.parametrize("name", moeroute.list_methods())
+pytestmark = pytest.mark.parametrize("name", ADAPTERS)
 
 
 def four_bits(folder):

@@ -32,6 +32,7 @@ from moeroute.methods.soft_moe import SoftMoE as SoftMoE
 from moeroute.methods.switch import Switch as Switch
 from moeroute.methods.t2mir import T2MIR as T2MIR
 from moeroute.methods.top_p import TopP as TopP
+from moeroute.methods.union_of_experts import UnionOfExperts as UnionOfExperts
 from moeroute.methods.xlora import XLoRA as XLoRA
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "SoftMoE",
     "Switch",
     "TopP",
+    "UnionOfExperts",
     "XLoRA",
     "get_method",
     "list_methods",

@@ -36,6 +36,7 @@ from moeroute.methods.soft_moe import SoftMoE
 from moeroute.methods.switch import Switch
 from moeroute.methods.t2mir import T2MIR
 from moeroute.methods.top_p import TopP
+from moeroute.methods.union_of_experts import UnionOfExperts
 from moeroute.methods.xlora import XLoRA
 from moeroute.types import Method
 
@@ -70,6 +71,7 @@ METHODS: dict[str, type[Method]] = {
     "switch": Switch,
     "t2mir": T2MIR,
     "top_p": TopP,
+    "union_of_experts": UnionOfExperts,
     "xlora": XLoRA,
 }
 

@@ -65,6 +65,7 @@ from moeroute.routers.select import Selection as Selection
 from moeroute.routers.select import TopK as TopK
 from moeroute.routers.select import TopKSoftmax as TopKSoftmax
 from moeroute.routers.selection_bias import SelectionBias as SelectionBias
+from moeroute.routers.sequence_capacity import SequenceCapacity as SequenceCapacity
 from moeroute.routers.sinkhorn import SinkhornTopK as SinkhornTopK
 from moeroute.routers.sinkhorn import base_router as base_router
 from moeroute.routers.top_k_logits import TopKLogits as TopKLogits
@@ -95,6 +96,7 @@ __all__ = [
     "Select",
     "Selection",
     "SelectionBias",
+    "SequenceCapacity",
     "SinkhornTopK",
     "SoftCappedScore",
     "Threshold",

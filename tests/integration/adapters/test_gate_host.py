@@ -181,3 +181,11 @@ def test_records_name_the_experts_of_the_checkpoint():
 def test_more_slots_than_experts_names_the_gate():
     with pytest.raises(ValueError, match=r"top_k=9 exceeds num_experts=4 at .*mlp\.gate"):
         moeroute.wrap_model(tiny_models.build("mixtral"), Switch(top_k=9))
+
+
+def test_a_router_does_not_merge():
+    model = moeroute.wrap_model(tiny_models.build("mixtral"), Switch())
+    with pytest.raises(ValueError, match="not defined for switch: its routers stand at gates"):
+        moeroute.merge(model)
+    with pytest.raises(ValueError, match="unwrap_model"):
+        model.merge_and_unload()

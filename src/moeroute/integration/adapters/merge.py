@@ -111,6 +111,11 @@ def _find_mixture(model: PeftModel) -> Mixture:
         for name, module in model.get_base_model().named_modules()
         if isinstance(module, SiteHost) and adapter in module.moeroute_site
     }
+    if not hosts:
+        raise ValueError(
+            f"merging is not defined for {config.method}: its routers stand at gates and add no "
+            "LoRA. Keep the adapter, or drop it with moeroute.unwrap_model(model)"
+        )
     return Mixture(model, adapter, config, hosts)
 
 
