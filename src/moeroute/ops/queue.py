@@ -33,6 +33,24 @@ def places_in_queue(ids: Tensor, size: int, priority: Tensor | None = None) -> T
     return torch.empty_like(ids).scatter(0, order, places)
 
 
+def places_in_columns(wishes: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Each token's place in each expert's order, the highest wish first.
+
+    Args:
+        wishes: (T, E), above -1.
+        token_mask: (T,) bool, False marks padding, which comes last.
+
+    Returns:
+        (T, E) int64; no gradient.
+    """
+    wishes = wishes.detach()
+    if token_mask is not None:
+        wishes = wishes.masked_fill(~token_mask.to(torch.bool).unsqueeze(1), -1.0)
+    order = torch.argsort(wishes, dim=0, descending=True, stable=True)
+    rows = torch.arange(wishes.shape[0], device=wishes.device).unsqueeze(1)
+    return torch.empty_like(order).scatter(0, order, rows.expand_as(order))
+
+
 def rows_allowed(num_tokens: int, share: float, token_mask: Tensor | None) -> Tensor | int:
     """ceil(real tokens * share), as a number where there is no mask and a tensor where there is.
 

@@ -15,6 +15,7 @@ from moeroute.ops.probs import sqrt_softplus_probs as sqrt_softplus_probs
 from moeroute.routers.by_probability import Threshold as Threshold
 from moeroute.routers.by_probability import TopP as TopP
 from moeroute.routers.capacity import Capacity as Capacity
+from moeroute.routers.causal_gate import PreGate as PreGate
 from moeroute.routers.collect import routers_in as routers_in
 from moeroute.routers.composed import ComposedRouter as ComposedRouter
 from moeroute.routers.cosine import CosineScore as CosineScore
@@ -52,6 +53,7 @@ from moeroute.routers.noisy import NoisyScore as NoisyScore
 from moeroute.routers.pathway import PathwayRouter as PathwayRouter
 from moeroute.routers.positive import Positive as Positive
 from moeroute.routers.positive import PositiveRMS as PositiveRMS
+from moeroute.routers.pre_gate import PreGateRouter as PreGateRouter
 from moeroute.routers.recurrent import RecurrentRouter as RecurrentRouter
 from moeroute.routers.score_maps import NormedScore as NormedScore
 from moeroute.routers.score_maps import ScaledScore as ScaledScore
@@ -90,6 +92,8 @@ __all__ = [
     "PathwayRouter",
     "Positive",
     "PositiveRMS",
+    "PreGate",
+    "PreGateRouter",
     "RecurrentRouter",
     "ScaledScore",
     "Score",

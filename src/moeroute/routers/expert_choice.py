@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moeroute.ops.exact import uncast
 from moeroute.ops.probs import softmax_probs
-from moeroute.ops.queue import rows_allowed
+from moeroute.ops.queue import places_in_columns, rows_allowed
 from moeroute.ops.ranks import sum_over_ranks
 from moeroute.routers.positive import fill_slots
 from moeroute.routers.select import Selection
@@ -61,14 +61,11 @@ class ExpertChoice(nn.Module):
         momentum: float = 0.9,
     ) -> None:
         super().__init__()
-        if num_experts < 1:
-            raise ValueError(f"num_experts={num_experts} is below 1; there is nobody to choose")
-        if capacity_factor <= 0:
+        if num_experts < 1 or capacity_factor <= 0 or not 0.0 <= momentum < 1.0:
             raise ValueError(
-                f"capacity_factor={capacity_factor} lets no expert take a token; use 2, say"
+                f"num_experts={num_experts}, capacity_factor={capacity_factor}, "
+                f"momentum={momentum}: at least 1, above 0 and in [0, 1)"
             )
-        if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"momentum={momentum} is outside [0, 1)")
         self.capacity_factor = capacity_factor
         self.causal = causal
         self.momentum = momentum
@@ -93,7 +90,7 @@ class ExpertChoice(nn.Module):
         if self.causal and not self.training:
             taken = ~(probs.detach() < self.thresholds)  # so that a NaN is taken, and shows
         else:
-            taken = self._places(probs, token_mask) < self._capacity(probs, token_mask)
+            taken = places_in_columns(probs, token_mask) < self._capacity(probs, token_mask)
         if token_mask is not None:
             taken = taken & token_mask.to(torch.bool).unsqueeze(1)
         filled = fill_slots(probs.masked_fill(~taken, 0.0))
@@ -115,7 +112,7 @@ class ExpertChoice(nn.Module):
         if not probs.shape[0]:
             return
         last = self._capacity(probs, record.token_mask) - 1
-        at_cut = self._places(probs, record.token_mask) == last  # one token an expert, or none
+        at_cut = places_in_columns(probs, record.token_mask) == last  # one token an expert, or none
         cut = probs.masked_fill(~at_cut, 0.0).nan_to_num().sum(0)
         seen, count = self._seen or (torch.zeros_like(cut), 0)
         self._seen = seen + cut, count + 1
@@ -141,15 +138,6 @@ class ExpertChoice(nn.Module):
 
     def _capacity(self, probs: Tensor, token_mask: Tensor | None) -> Tensor | int:
         return rows_allowed(probs.shape[0], self.capacity_factor / probs.shape[1], token_mask)
-
-    def _places(self, probs: Tensor, token_mask: Tensor | None) -> Tensor:
-        """(T, E) each token's place in each expert's order, padding last."""
-        wish = probs.detach()
-        if token_mask is not None:
-            wish = wish.masked_fill(~token_mask.to(torch.bool).unsqueeze(1), -1.0)
-        order = torch.argsort(wish, dim=0, descending=True, stable=True)
-        rows = torch.arange(wish.shape[0], device=wish.device).unsqueeze(1)
-        return torch.empty_like(order).scatter(0, order, rows.expand_as(order))
 
     def extra_repr(self) -> str:
         """Settings, for `print(model)`."""
