@@ -8,6 +8,7 @@ from moeroute.routers import (
     HashScore,
     LinearScore,
     MLPScore,
+    NoisyScore,
     Positive,
     PositiveRMS,
     Threshold,
@@ -150,3 +151,17 @@ def test_an_mlp_score_is_two_linears_and_a_tanh():
     score, tokens = MLPScore(3, 4, width=5), torch.randn(6, 3)
     expected = torch.tanh(tokens @ score.inner.weight.T) @ score.outer.weight.T
     torch.testing.assert_close(hashed(score, torch.arange(6), tokens), expected)
+
+
+def test_noise_has_the_scale_that_the_token_chooses_and_eval_has_none():
+    torch.manual_seed(0)
+    inner = LinearScore(3, 4)
+    score, token = NoisyScore(inner), torch.randn(1, 3)
+    with torch.no_grad():
+        score.noise_weight.copy_(torch.randn(4, 3))
+    many, ids = token.expand(20000, 3), torch.arange(20000)
+    noise = hashed(score, ids, many) - hashed(inner, ids, many)
+    scale = torch.nn.functional.softplus(token @ score.noise_weight.T)[0] + 1e-2
+    torch.testing.assert_close(noise.std(0), scale, rtol=0.03, atol=0)
+    torch.testing.assert_close(noise.mean(0) / scale, torch.zeros(4), rtol=0, atol=0.03)
+    assert torch.equal(hashed(score.eval(), ids, many), hashed(inner, ids, many))
