@@ -54,3 +54,19 @@ def test_in_eval_no_token_sees_a_later_one():
 def test_fields_out_of_range(fields, told):
     with pytest.raises(ValueError, match=told):
         ExpertChoice(**fields)
+
+
+def test_a_compiled_training_forward_is_compiled_once():
+    layer, x = make().train(), torch.randn(8, 6)
+    compiles = []
+
+    def count(graph, inputs):
+        compiles.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(layer, fullgraph=True, backend=count)
+    for _ in range(4):
+        compiled(x)
+        compiled(x)
+        moeroute.post_step(layer)
+    assert len(compiles) == 2  # the first forward of a step, and a later one

@@ -187,3 +187,17 @@ def test_base_gives_every_expert_as_many_tokens():
     assert loads(routing).tolist() == [TOKENS // EXPERTS] * EXPERTS
     routing.routing_weights.sum().backward()
     assert router.score.weight.grad.abs().sum() > 0
+
+
+def test_a_batch_of_padding_moves_no_threshold(logits):
+    select = ExpertChoice(EXPERTS)
+    nobody = torch.zeros(TOKENS, dtype=torch.bool)
+    chosen = select.among(logits, nobody)
+    routing = RouterOutput(
+        router_logits=logits,
+        routing_weights=chosen.routing_weights,
+        selected_experts=chosen.selected_experts,
+    )
+    select.observe(RoutingRecord(site="", layer_index=0, routing=routing, token_mask=nobody))
+    select.post_step()
+    assert (select.thresholds == 0.25).all()

@@ -70,7 +70,7 @@ class ExpertChoice(nn.Module):
         self.causal = causal
         self.momentum = momentum
         self.register_buffer("thresholds", torch.full((num_experts,), 1.0 / num_experts))
-        self._seen: tuple[Tensor, int] | None = None
+        self._seen: Tensor | None = None  # (E + 1,) sums of cut-offs, and of how many forwards
 
     def check(self, num_experts: int) -> None:
         """Raise ValueError if the thresholds are of another number of experts."""
@@ -114,17 +114,18 @@ class ExpertChoice(nn.Module):
         last = self._capacity(probs, record.token_mask) - 1
         at_cut = places_in_columns(probs, record.token_mask) == last  # one token an expert, or none
         cut = probs.masked_fill(~at_cut, 0.0).nan_to_num().sum(0)
-        seen, count = self._seen or (torch.zeros_like(cut), 0)
-        self._seen = seen + cut, count + 1
+        seen = torch.cat([cut, cut.new_ones(1) * (last >= 0)])  # padding alone counts as none
+        self._seen = seen if self._seen is None else self._seen.to(seen) + seen
 
     @torch.no_grad()
     def post_step(self) -> None:
         """Move the thresholds toward the mean cut-offs since the last step, over all ranks."""
         if not self.causal:
             return
-        cut, count = self._seen or (torch.zeros_like(self.thresholds), 0)
-        counts = torch.full_like(cut[:1], count)
-        sums = sum_over_ranks(torch.cat([cut, counts]).to(self.thresholds))
+        seen = self._seen
+        if seen is None:  # other ranks may have seen some
+            seen = torch.zeros(self.thresholds.shape[0] + 1)
+        sums = sum_over_ranks(seen.to(self.thresholds))
         mean = sums[:-1] / sums[-1].clamp(min=1)
         kept = torch.where(sums[-1] > 0, self.momentum, 1.0)
         self.thresholds.mul_(kept).add_((1.0 - kept) * mean)
