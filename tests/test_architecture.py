@@ -12,7 +12,7 @@ SRC = ROOT / "src" / "moeroute"
 KERNELS = ROOT / "kernels" / "moeroute_kernels"
 DEVICE_CODE = KERNELS / "_triton"
 METHOD_FILES = SRC / "methods"
-SHARED_BY_METHODS = ("checks", "existing", "gate_parts", "parts", "registry")
+SHARED_BY_METHODS = ("checks", "existing", "ffn_parts", "gate_parts", "parts", "registry")
 
 LIBRARY = rules.python_files(SRC, KERNELS)
 SCRIPTS = rules.python_files(ROOT / "examples", ROOT / "benchmarks")

@@ -38,8 +38,10 @@ GATE_CASES: Mapping[str, GateCase] = MappingProxyType(
         "aux_free": GateCase(keeps_routing=True),
         "cosine": GateCase(fields={"space_size": 8}, second={"space_size": 4}),
         "group_limited": GateCase(fields={"num_groups": 2}, second={"num_groups": 1}),
+        "relu_routing": GateCase(),
         "rmoe": GateCase(fields={"state_size": 8}, second={"state_size": 4}, recurrent=True),
         "switch": GateCase(fields={"router_jitter_noise": 0.0}, second={"top_k": 2}),
+        "top_p": GateCase(fields={"top_p": 0.6}, second={"top_p": 0.3}),
     }
 )
 

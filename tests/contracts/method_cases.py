@@ -16,6 +16,7 @@ from transformers import Trainer
 import moeroute
 from moeroute.methods.existing import LoRAExpert
 
+ADDED: Mapping[str, Any] = MappingProxyType({"num_experts": 4, "intermediate_size": 6})
 ADAPTERS = tuple(
     name for name in moeroute.list_methods() if moeroute.get_method(name).site_kind != "gate"
 )
@@ -82,6 +83,34 @@ def permute_kernels(key: str, parameter: torch.Tensor, order: torch.Tensor) -> t
     return parameter[:, order] if key.endswith("task_embeddings") else parameter[order]
 
 
+def permute_hashed(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The same where a table names experts."""
+    if key.endswith("table"):
+        return torch.argsort(order)[parameter]
+    return permute_experts(key, parameter, order)
+
+
+def permute_computing(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The same where other experts come after the four, and stay in their place."""
+    if ".experts.experts." in key:
+        return parameter[order]
+    if key.endswith("score.weight"):
+        return torch.cat([parameter[order], parameter[NUM_EXPERTS:]])
+    return parameter
+
+
+def permute_slots(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The same where experts have slots, on the second axis."""
+    if key.endswith("scale"):
+        return parameter
+    return parameter[:, order] if key.endswith("phi") else parameter[order]
+
+
+def permute_mlp_gates(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The same where gates are networks: their inner units are no experts."""
+    return parameter if key.endswith(".inner.weight") else permute_experts(key, parameter, order)
+
+
 def seeded_loss(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The loss of a method that draws in training, with the same draw at every call."""
     torch.manual_seed(11)
@@ -114,6 +143,7 @@ class MethodCase:
         trainer: What makes a Trainer that trains all of the method.
         first_pass: How many numbers a first pass says of each token, if there is one.
         waits: Whether its experts are frozen and do nothing until adapters fill them.
+        learning_rate: At which a few steps lower the loss.
         permute: (key, parameter, order) to the parameter with its experts in another order.
         exceptions: Name of a test of the suite -> why it cannot hold for this method.
     """
@@ -129,6 +159,7 @@ class MethodCase:
     trainer: Callable[..., Trainer] = Trainer
     first_pass: int = 0
     waits: bool = False
+    learning_rate: float = 0.01
     permute: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor] = permute_experts
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
@@ -198,6 +229,15 @@ CASES: Mapping[str, MethodCase] = MappingProxyType(
             waits=True,
             exceptions=NEEDS_ADAPTERS,
         ),
+        "blockffn": MethodCase(fields=ADDED, second={"num_experts": 2}),
+        "expert_choice": MethodCase(
+            fields=ADDED,
+            second={"num_experts": 2},
+            trainer=partial(Trainer, callbacks=[moeroute.PostStepCallback()]),
+        ),
+        "hash_layers": MethodCase(
+            fields=ADDED | {"table_size": 50}, second={"num_experts": 2}, permute=permute_hashed
+        ),
         "remix": MethodCase(loss_of=loss_of_draws, trainer=DrawingTrainer),
         "hydralora": MethodCase(permute=permute_heads),
         "loramoe": MethodCase(by_task=True, num_tasks=2),
@@ -228,6 +268,36 @@ CASES: Mapping[str, MethodCase] = MappingProxyType(
             by_task=True,
             loss_of=seeded_loss,
             permute=permute_skills,
+        ),
+        "null_experts": MethodCase(
+            fields=ADDED | {"gating_residual": False, "top_k": 3},
+            second={"num_experts": 3},
+            permute=permute_computing,
+        ),
+        "soft_moe": MethodCase(
+            fields=ADDED | {"slots_per_expert": 2},
+            second={"slots_per_expert": 1},
+            permute=permute_slots,
+            exceptions={
+                "test_generate_with_a_cache_equals_without": "its tokens see later ones",
+            },
+        ),
+        "t2mir": MethodCase(
+            fields=ADDED | {"contrast_loss_coef": 0.0},
+            second={"num_experts": 2},
+            loss_of=seeded_loss,
+            permute=permute_mlp_gates,
+            exceptions={
+                "test_defaults_build_on_any_model_that_has_the_site": "its loss needs pairs",
+            },
+        ),
+        "union_of_experts": MethodCase(
+            fields={"num_experts": 4, "top_k": 4, "capacity": 1.0},
+            second={"num_experts": 2, "top_k": 2},
+            learning_rate=0.3,
+            exceptions={
+                "test_permuting_experts_leaves_the_output_unchanged": "slices have their places",
+            },
         ),
         "phatgoose": MethodCase(
             fields={"top_k": 2, **EXISTING},

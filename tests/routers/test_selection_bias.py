@@ -139,3 +139,13 @@ def test_counts_are_summed_over_ranks(tmp_path):
     said = [process.communicate(timeout=120)[0].strip() for process in ranks]
     # counts 2, 2, 3, mean 2.33; then nothing; then 0, 1, 3, mean 1.33
     assert said == ["[1.0, 1.0, -1.0]"] * 2
+
+
+def test_a_proportional_update_moves_by_the_share_an_expert_is_off():
+    bias = SelectionBias(4, update_rate=0.1, proportional=True)
+    bias.update(torch.tensor([8, 4, 4, 0]))
+    torch.testing.assert_close(bias.e_score_correction_bias, torch.tensor([-0.1, 0.0, 0.0, 0.1]))
+    bias.update(torch.tensor([80, 40, 40, 0]))  # ten times the tokens, the same step
+    torch.testing.assert_close(bias.e_score_correction_bias, torch.tensor([-0.2, 0.0, 0.0, 0.2]))
+    bias.update(torch.zeros(4))
+    torch.testing.assert_close(bias.e_score_correction_bias, torch.tensor([-0.2, 0.0, 0.0, 0.2]))

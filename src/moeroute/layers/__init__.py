@@ -1,5 +1,9 @@
 """Layers that host a router, and the experts that stand behind it."""
 
+from moeroute.layers.beside import BesideFeedForward as BesideFeedForward
+from moeroute.layers.branch_experts import BranchExperts as BranchExperts
+from moeroute.layers.branches import Branches as Branches
+from moeroute.layers.cheap_experts import CheapExperts as CheapExperts
 from moeroute.layers.experts import ExpertActivation as ExpertActivation
 from moeroute.layers.experts import MLPExperts as MLPExperts
 from moeroute.layers.experts import SwiGLUExperts as SwiGLUExperts
@@ -17,8 +21,17 @@ from moeroute.layers.post_step import post_step as post_step
 from moeroute.layers.ragged_bank import RaggedLoRABank as RaggedLoRABank
 from moeroute.layers.routed_gate import RoutedGate as RoutedGate
 from moeroute.layers.shared_down_bank import SharedDownLoRABank as SharedDownLoRABank
+from moeroute.layers.soft_moe import SlotRouter as SlotRouter
+from moeroute.layers.soft_moe import SoftMoELayer as SoftMoELayer
+from moeroute.layers.union import UnionFeedForward as UnionFeedForward
+from moeroute.layers.union import slice_block as slice_block
+from moeroute.layers.union_attention import UnionAttention as UnionAttention
 
 __all__ = [
+    "BesideFeedForward",
+    "BranchExperts",
+    "Branches",
+    "CheapExperts",
     "ExpertActivation",
     "KroneckerBank",
     "LoRABank",
@@ -30,8 +43,13 @@ __all__ = [
     "RaggedLoRABank",
     "RoutedGate",
     "SharedDownLoRABank",
+    "SlotRouter",
+    "SoftMoELayer",
     "SwiGLUExperts",
     "SwiGLUFeedForward",
+    "UnionAttention",
+    "UnionFeedForward",
     "post_step",
     "set_instruction_embeddings",
+    "slice_block",
 ]

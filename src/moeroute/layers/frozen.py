@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from moeroute.routers.fixed import fixed
+
 
 def freeze_parameters(module: nn.Module) -> None:
     """Turn every parameter of a module, and of what it holds, into a buffer of its name."""
-    for part in module.modules():
-        for name, parameter in list(part.named_parameters(recurse=False)):
-            delattr(part, name)
-            part.register_buffer(name, parameter.detach())
+    fixed(module)

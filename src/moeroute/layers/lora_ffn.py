@@ -99,10 +99,15 @@ class LoRAFeedForwardMixture(nn.Module):
 
 def feed_forward(base: nn.Module, parts: Mapping[str, str], x: Tensor) -> Tensor:
     """The frozen block as this layer understands it: act(gate(x)) * up(x), then down."""
+    return base.get_submodule(parts["down"])(hidden_units(base, parts, x))
+
+
+def hidden_units(base: nn.Module, parts: Mapping[str, str], x: Tensor) -> Tensor:
+    """What the block's last linear is given: act(gate(x)) * up(x), or act(up(x))."""
     projected = {
         role: base.get_submodule(parts[role])(x) for role in ("gate", "up") if role in parts
     }
-    return base.get_submodule(parts["down"])(_activate(base.get_submodule(parts["act"]), projected))
+    return _activate(base.get_submodule(parts["act"]), projected)
 
 
 def _activate(act: nn.Module, projected: Mapping[str, Tensor]) -> Tensor:

@@ -126,7 +126,7 @@ class MoELayer(nn.Module):
             if self.shared_expert_gate is not None:
                 shared = torch.sigmoid(self.shared_expert_gate(tokens)) * shared
             mixed = mixed + shared
-        return mixed.reshape(hidden_states.shape)
+        return mixed.reshape(*hidden_states.shape[:-1], mixed.shape[-1])
 
     def extra_repr(self) -> str:
         """Losses and place, for `print(model)`."""

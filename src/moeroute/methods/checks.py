@@ -19,13 +19,17 @@ class AdapterFields(Protocol):
         ...
 
 
-class ExpertFields(AdapterFields, Protocol):
-    """The fields of a mixture that has a number of experts."""
+class CountFields(Protocol):
+    """The field of a method that has a number of experts."""
 
     @property
     def num_experts(self) -> int:
         """Experts per site."""
         ...
+
+
+class ExpertFields(AdapterFields, CountFields, Protocol):
+    """The fields of a mixture of LoRA that has a number of experts."""
 
 
 class BalancedFields(Protocol):
@@ -75,7 +79,7 @@ def check_balance_weight(method: BalancedFields) -> None:
         )
 
 
-def check_top_k(method: ExpertFields, slots: int) -> None:
+def check_top_k(method: CountFields, slots: int) -> None:
     """Raise ValueError unless 1 <= slots <= num_experts."""
     if not 1 <= slots <= method.num_experts:
         raise ValueError(

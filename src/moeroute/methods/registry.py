@@ -9,11 +9,14 @@ from typing import Any
 from moeroute.methods.adamole import AdaMoLE
 from moeroute.methods.arrow import Arrow
 from moeroute.methods.aux_free import AuxFree
+from moeroute.methods.blockffn import BlockFFN
 from moeroute.methods.cosine import Cosine
 from moeroute.methods.dynmole import DynMoLE
 from moeroute.methods.ept import EPT
+from moeroute.methods.expert_choice import ExpertChoice
 from moeroute.methods.glider import GLIDER
 from moeroute.methods.group_limited import GroupLimited
+from moeroute.methods.hash_layers import HashLayers
 from moeroute.methods.hydralora import HydraLoRA
 from moeroute.methods.lora_mixer import LoRAMixer
 from moeroute.methods.loramoe import LoRAMoE
@@ -22,12 +25,18 @@ from moeroute.methods.mixlora import MixLoRA
 from moeroute.methods.moelora import MOELoRA
 from moeroute.methods.mola import MoLA
 from moeroute.methods.molora import MoLoRA
+from moeroute.methods.null_experts import NullExperts
 from moeroute.methods.phatgoose import PHATGOOSE
 from moeroute.methods.poly import Poly
+from moeroute.methods.relu_routing import ReLURouting
 from moeroute.methods.remix import ReMix
 from moeroute.methods.rmoe import RMoE
 from moeroute.methods.smora import SMoRA
+from moeroute.methods.soft_moe import SoftMoE
 from moeroute.methods.switch import Switch
+from moeroute.methods.t2mir import T2MIR
+from moeroute.methods.top_p import TopP
+from moeroute.methods.union_of_experts import UnionOfExperts
 from moeroute.methods.xlora import XLoRA
 from moeroute.types import Method
 
@@ -35,11 +44,14 @@ METHODS: dict[str, type[Method]] = {
     "adamole": AdaMoLE,
     "arrow": Arrow,
     "aux_free": AuxFree,
+    "blockffn": BlockFFN,
     "cosine": Cosine,
     "dynmole": DynMoLE,
     "ept": EPT,
+    "expert_choice": ExpertChoice,
     "glider": GLIDER,
     "group_limited": GroupLimited,
+    "hash_layers": HashLayers,
     "hydralora": HydraLoRA,
     "lora_mixer": LoRAMixer,
     "loramoe": LoRAMoE,
@@ -48,12 +60,18 @@ METHODS: dict[str, type[Method]] = {
     "moelora": MOELoRA,
     "mola": MoLA,
     "molora": MoLoRA,
+    "null_experts": NullExperts,
     "phatgoose": PHATGOOSE,
     "poly": Poly,
+    "relu_routing": ReLURouting,
     "remix": ReMix,
     "rmoe": RMoE,
     "smora": SMoRA,
+    "soft_moe": SoftMoE,
     "switch": Switch,
+    "t2mir": T2MIR,
+    "top_p": TopP,
+    "union_of_experts": UnionOfExperts,
     "xlora": XLoRA,
 }
 

@@ -12,9 +12,15 @@ from moeroute.ops.probs import normalized_sigmoid_probs as normalized_sigmoid_pr
 from moeroute.ops.probs import sigmoid_probs as sigmoid_probs
 from moeroute.ops.probs import softmax_probs as softmax_probs
 from moeroute.ops.probs import sqrt_softplus_probs as sqrt_softplus_probs
+from moeroute.routers.by_probability import Threshold as Threshold
+from moeroute.routers.by_probability import TopP as TopP
+from moeroute.routers.capacity import Capacity as Capacity
+from moeroute.routers.causal_gate import PreGate as PreGate
 from moeroute.routers.collect import routers_in as routers_in
 from moeroute.routers.composed import ComposedRouter as ComposedRouter
 from moeroute.routers.cosine import CosineScore as CosineScore
+from moeroute.routers.density import DensityControl as DensityControl
+from moeroute.routers.expert_choice import ExpertChoice as ExpertChoice
 from moeroute.routers.expert_scale import ExpertScale as ExpertScale
 from moeroute.routers.families import deepseek_v3_router as deepseek_v3_router
 from moeroute.routers.families import gpt_oss_router as gpt_oss_router
@@ -36,8 +42,18 @@ from moeroute.routers.families_softmax import gemma4_router as gemma4_router
 from moeroute.routers.families_softmax import granite_moe_router as granite_moe_router
 from moeroute.routers.families_softmax import longcat_router as longcat_router
 from moeroute.routers.families_softmax import mistral4_router as mistral4_router
+from moeroute.routers.fixed import fixed as fixed
 from moeroute.routers.group_top_k import GroupTopK as GroupTopK
+from moeroute.routers.hash import HashScore as HashScore
+from moeroute.routers.hash import balanced_table as balanced_table
 from moeroute.routers.jitter import JitteredScore as JitteredScore
+from moeroute.routers.mlp_score import MLPScore as MLPScore
+from moeroute.routers.momentum import MomentumRouter as MomentumRouter
+from moeroute.routers.noisy import NoisyScore as NoisyScore
+from moeroute.routers.pathway import PathwayRouter as PathwayRouter
+from moeroute.routers.positive import Positive as Positive
+from moeroute.routers.positive import PositiveRMS as PositiveRMS
+from moeroute.routers.pre_gate import PreGateRouter as PreGateRouter
 from moeroute.routers.recurrent import RecurrentRouter as RecurrentRouter
 from moeroute.routers.score_maps import NormedScore as NormedScore
 from moeroute.routers.score_maps import ScaledScore as ScaledScore
@@ -51,32 +67,54 @@ from moeroute.routers.select import Selection as Selection
 from moeroute.routers.select import TopK as TopK
 from moeroute.routers.select import TopKSoftmax as TopKSoftmax
 from moeroute.routers.selection_bias import SelectionBias as SelectionBias
+from moeroute.routers.sequence_capacity import SequenceCapacity as SequenceCapacity
+from moeroute.routers.sinkhorn import SinkhornTopK as SinkhornTopK
+from moeroute.routers.sinkhorn import base_router as base_router
 from moeroute.routers.top_k_logits import TopKLogits as TopKLogits
 
 __all__ = [
     "All",
+    "Capacity",
     "ComposedRouter",
     "CosineScore",
+    "DensityControl",
+    "ExpertChoice",
     "ExpertScale",
     "GroupTopK",
+    "HashScore",
     "JitteredScore",
     "LinearScore",
+    "MLPScore",
+    "MomentumRouter",
     "NoisyLinearScore",
+    "NoisyScore",
     "NormedScore",
+    "PathwayRouter",
+    "Positive",
+    "PositiveRMS",
+    "PreGate",
+    "PreGateRouter",
     "RecurrentRouter",
     "ScaledScore",
     "Score",
     "Select",
     "Selection",
     "SelectionBias",
+    "SequenceCapacity",
+    "SinkhornTopK",
     "SoftCappedScore",
+    "Threshold",
     "TopK",
     "TopKLogits",
     "TopKSoftmax",
+    "TopP",
+    "balanced_table",
+    "base_router",
     "deepseek_v2_router",
     "deepseek_v3_router",
     "deepseek_v4_router",
     "ernie_router",
+    "fixed",
     "flint_router",
     "gemma4_router",
     "gpt_oss_router",

@@ -8,7 +8,7 @@ from torch import nn
 
 from moeroute.ops.debug import check_router_logits
 from moeroute.routers.scores import Score
-from moeroute.routers.select import Select
+from moeroute.routers.select import Select, choose
 from moeroute.types import RouterInput, RouterOutput
 
 
@@ -50,7 +50,7 @@ class ComposedRouter(nn.Module):
         """Route (T, H) tokens."""
         router_logits = self.score(router_input)
         check_router_logits(router_logits)
-        selection = self.select(router_logits)
+        selection = choose(self.select, router_logits, router_input.token_mask)
         return RouterOutput(
             router_logits=router_logits,
             routing_weights=selection.routing_weights,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moeroute.ops.debug import check_router_logits
 from moeroute.routers.scores import LinearScore, linear_logits
-from moeroute.routers.select import Select
+from moeroute.routers.select import Select, choose
 from moeroute.types import RouterInput, RouterOutput
 
 
@@ -78,7 +78,7 @@ class RecurrentRouter(nn.Module):
         state = gru_step(self._cell[0], update, _state_of(router_input, update))
         router_logits = linear_logits(state, self.head.weight, None, None)
         check_router_logits(router_logits)
-        selection = self.select(router_logits)
+        selection = choose(self.select, router_logits, router_input.token_mask)
         return RouterOutput(
             router_logits=router_logits,
             routing_weights=selection.routing_weights,

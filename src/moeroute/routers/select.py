@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,18 @@ class Select(Protocol):
 
     def check(self, num_experts: int, /) -> None:
         """Raise ValueError if this selection cannot work over so many experts."""
+        ...
+
+
+@runtime_checkable
+class SelectAmong(Protocol):
+    """A selection in which tokens compete for experts, so that it must know which are real."""
+
+    def among(self, router_logits: Tensor, token_mask: Tensor | None, /) -> Selection:
+        """Choose for (T, E) logits; padding, False in the (T,) mask, gets empty slots.
+
+        Padding takes nothing from real tokens, whatever its logits are.
+        """
         ...
 
 
@@ -182,6 +194,13 @@ class All(nn.Module):
             routing_weights=self.probs(router_logits),
             selected_experts=everyone.expand(router_logits.shape),
         )
+
+
+def choose(select: Select, router_logits: Tensor, token_mask: Tensor | None) -> Selection:
+    """Ask a selection, which hears of padding if tokens compete in it."""
+    if isinstance(select, SelectAmong):
+        return select.among(router_logits, token_mask)
+    return select(router_logits)
 
 
 def check_top_k(top_k: int, choosable: int | None = None) -> None:

@@ -8,7 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from moeroute.ops.exact import uncast
 from moeroute.ops.load import tokens_per_expert
+from moeroute.ops.probs import TINY
 from moeroute.ops.ranks import sum_over_ranks
 from moeroute.types import RoutingRecord
 
@@ -18,7 +20,8 @@ FORWARDS_WITHOUT_A_STEP = 100
 class SelectionBias(nn.Module):
     """One number an expert, added to probabilities for choosing only.
 
-        b_e <- b_e + update_rate * sign(mean(c) - c_e),  c_e = tokens of expert e, once a step
+        b_e <- b_e + update_rate * u((mean(c) - c_e) / mean(c)),  c_e = tokens of expert e, a step
+        u = sign, or with proportional the value itself
 
     Source: Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, Wang et al., 2024,
     arXiv 2408.15664, algorithm 1; DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
@@ -35,6 +38,9 @@ class SelectionBias(nn.Module):
     Args:
         num_experts: E, at least 1.
         update_rate: Step of one update, in units of probability; 0 keeps the bias as it is.
+        proportional: Move by the share that an expert is off the mean, not by its sign: smaller
+            steps near balance, larger ones at an expert that takes all. Algorithm 1's variant, but
+            relative to the mean (our own reading), so that the rate means the same at any batch.
 
     Shapes:
         e_score_correction_bias: (E,) float32, zero at first; the name that checkpoints use.
@@ -53,11 +59,14 @@ class SelectionBias(nn.Module):
 
     e_score_correction_bias: Tensor
 
-    def __init__(self, num_experts: int, *, update_rate: float = 1e-3) -> None:
+    def __init__(
+        self, num_experts: int, *, update_rate: float = 1e-3, proportional: bool = False
+    ) -> None:
         super().__init__()
         if num_experts < 1:
             raise ValueError(f"num_experts={num_experts} is below 1; a bias needs an expert")
         self.update_rate = update_rate
+        self.proportional = proportional
         zeros = torch.zeros(num_experts, dtype=torch.float32)
         self.register_buffer("e_score_correction_bias", zeros)
         self._counts: Tensor | None = None
@@ -108,20 +117,23 @@ class SelectionBias(nn.Module):
                 f"{tuple(self.e_score_correction_bias.shape)}; give one count an expert"
             )
         counts = tokens_per_expert.to(self.e_score_correction_bias)
-        self.e_score_correction_bias += self.update_rate * torch.sign(counts.mean() - counts)
+        step = counts.mean() - counts
+        step = step / counts.mean().clamp(min=TINY) if self.proportional else torch.sign(step)
+        self.e_score_correction_bias += self.update_rate * step
         self._counts, self._forwards = None, 0
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
         size = self.e_score_correction_bias.shape[0]
-        return f"num_experts={size}, update_rate={self.update_rate:g}"
+        return (
+            f"num_experts={size}, update_rate={self.update_rate:g}, "
+            f"proportional={self.proportional}"
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:  # noqa: FBT001
         kept = self.e_score_correction_bias
         super()._apply(fn, recurse)
-        moved = self.e_score_correction_bias
-        if moved.dtype != kept.dtype:
-            self.e_score_correction_bias = kept.to(moved.device)
+        self.e_score_correction_bias = uncast(kept, self.e_score_correction_bias)
         return self
 
 
