@@ -4,9 +4,10 @@
     python examples/compare_routers.py --arms switch,cosine --seeds 1
 
 Every arm is the same model on the same rows in the same order; a token passes experts of the same
-width together, however many they are. "Equifinality in Mixture of Experts" claims that variants of
-the router end within a perplexity point of each other, a linear one slightly ahead: the table says
-what is seen here.
+width together, however many they are. Coupling is the ERC loss without noise, 0 where every expert
+answers most to its own row of the router; epsilon is how far rows lie apart, 0.71 where they are
+orthogonal. "Equifinality in Mixture of Experts" claims that variants of the router end within a
+perplexity point of each other, a linear one slightly ahead: the table says what is seen here.
 """
 
 import argparse
@@ -27,6 +28,14 @@ from rich.table import Table
 from train_moe_lm import Outcome, Recipe, model_settings, slots, text_rows, train
 
 WIDTH = 110
+ROUTING = {
+    "experts a token": "experts\na token",
+    "load cv": "load CV",
+    "dead": "dead",
+    "epsilon": "epsilon",
+    "coupling": "coupling",
+}
+"""Measured routing and its headings."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,10 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
         "dense": Arm(PLAIN),
         "switch, top 1": Arm("switch"),
         "linear, top 2": Arm("switch", TOP_2),
+        "linear, top 2, ERC": Arm("switch", TOP_2, {"ERCLoss": 1.0}),
+        "cosine, top 2": Arm("cosine", TOP_2),
+        "recurrent, top 2": Arm("rmoe", TOP_2),
+        "sigmoid and bias, top 2": Arm("aux_free", TOP_2),
     }
 )
 
@@ -116,9 +129,9 @@ def table_of(results: Mapping[str, list[dict[str, Any]]], options: argparse.Name
     """One row an arm, the best mean perplexity first."""
     runs = "1 seed" if options.seeds == 1 else f"{options.seeds} seeds"
     table = Table(title=f"{runs}, {options.steps} steps; mean +- half the range")
-    columns = ("", "parameters", "perplexity", "s / run", "experts a token", "load CV", "dead")
-    for heading in columns:
-        table.add_column(heading, justify="right" if heading else "left")
+    table.add_column("")
+    for heading in ("parameters", "perplexity", "s / run", *ROUTING.values()):
+        table.add_column(heading, justify="right")
     outcomes = {name: [Outcome(**run) for run in runs] for name, runs in results.items()}
     for name in sorted(outcomes, key=lambda name: mean(run.perplexity for run in outcomes[name])):
         table.add_row(name, *cells_of(outcomes[name]))
@@ -133,8 +146,8 @@ def cells_of(runs: list[Outcome]) -> list[str]:
         f"{mean(values):.2f} +- {(max(values) - min(values)) / 2:.2f}",
         f"{mean(run.seconds for run in runs):.0f}",
     ]
-    for key in ("experts a token", "load cv", "dead"):
-        seen = [run.routing[key] for run in runs if run.routing]
+    for key in ROUTING:
+        seen = [run.routing[key] for run in runs if key in run.routing]
         cells.append(f"{mean(seen):.2f}" if seen else "-")
     return cells
 

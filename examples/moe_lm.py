@@ -65,21 +65,53 @@ class MoELM(LlamaForCausalLM):
         self.loss_type = "ForCausalLM"
         if config.router == PLAIN:
             return
-        for index, block in enumerate(self.model.layers):
-            block.mlp = make_layer(config, index)
+        for block, layer in zip(self.model.layers, make_layers(config), strict=True):
+            block.mlp = layer
         moeroute.connect_layers(self)
 
 
-def make_layer(config: MoELMConfig, index: int) -> nn.Module:
-    """The routed layer that stands for one feed-forward block."""
+def make_layers(config: MoELMConfig) -> list[nn.Module]:
+    """The routed layers that stand for the feed-forward blocks."""
     method: Any = moeroute.get_method(config.router)(**config.router_fields)
+    sizes = (config.hidden_size, config.num_experts)
+    count = config.num_hidden_layers
     extra = tuple(
         getattr(moeroute.losses, name)(weight=weight) for name, weight in config.losses.items()
     )
-    sizes = (config.hidden_size, config.num_experts)
-    return MoELayer(
-        router=method.router(*sizes),
-        experts=SwiGLUExperts(config.num_experts, config.hidden_size, config.expert_size),
-        losses=(*method.losses(), *extra),
-        layer_index=index,
-    )
+    if hasattr(method, "layer"):  # a method with experts of its own
+        layers = [method.layer(sizes[0], config.expert_size, sizes[1]) for _ in range(count)]
+        for index, layer in enumerate(layers):
+            charge(layer, index, extra)
+        return layers
+    if not (hasattr(method, "router") or hasattr(method, "routers")):
+        raise ValueError(
+            f"router={config.router!r} is made for adapters, not for new layers; use one with a "
+            "router or a layer, such as switch, cosine, rmoe or null_experts"
+        )
+    losses = (*method.losses(), *extra)
+    return [
+        MoELayer(
+            router=router,
+            experts=SwiGLUExperts(config.num_experts, config.hidden_size, config.expert_size),
+            losses=losses,
+            layer_index=index,
+        )
+        for index, router in enumerate(routers_of(method, sizes, count))
+    ]
+
+
+def routers_of(method: Any, sizes: tuple[int, int], count: int) -> list[nn.Module]:
+    """One a layer; those that share a part are made together."""
+    if hasattr(method, "routers"):
+        return method.routers(*sizes, count)
+    return [method.router(*sizes) for _ in range(count)]
+
+
+def charge(layer: nn.Module, index: int, losses: tuple[Any, ...]) -> None:
+    """Number the routed layers inside a layer, and give them more losses."""
+    inner = [module for module in layer.modules() if isinstance(module, MoELayer)]
+    if losses and not inner:
+        raise ValueError(f"losses: {type(layer).__name__} takes none; leave --loss out")
+    for module in inner:
+        module.layer_index = index
+        module.losses = (*module.losses, *losses)

@@ -16,6 +16,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -84,10 +85,11 @@ def main() -> None:
         highlight=False,
     )
     if options.router != PLAIN:
-        with moeroute.track_routing(again) as stats:
+        with moeroute.track_routing(again, coupling=True) as stats:
             heldout_loss(again, rows["heldout"])
         print(stats.summary())
-        stats.plot(folder / "routing.png")
+        if stats.layers:
+            stats.plot(folder / "routing.png")
 
 
 def parse() -> argparse.Namespace:
@@ -232,14 +234,21 @@ def note(model: MoELM, step: int, loss: float, batch: Tensor) -> None:
 
 def routing_of(model: MoELM, rows: Tensor) -> dict[str, float]:
     """Means over layers of what `track_routing` measures on rows of tokens."""
-    with moeroute.track_routing(model) as stats:
+    with moeroute.track_routing(model, coupling=True) as stats:
         heldout_loss(model, rows)
     layers = stats.layers
-    return {
-        "experts a token": sum(layer.slots_per_token for layer in layers) / len(layers),
-        "load cv": sum(layer.cv for layer in layers) / len(layers),
+    if not layers:  # every token mixes into every slot: nothing is chosen
+        return {}
+    figures = {
+        "experts a token": fmean(layer.slots_per_token for layer in layers),
+        "load cv": fmean(layer.cv for layer in layers),
         "dead": float(sum(len(layer.dead_experts) for layer in layers)),
     }
+    gauges = [layer.gauge for layer in layers if layer.gauge]
+    if gauges:
+        figures["epsilon"] = fmean(gauge.epsilon for gauge in gauges)
+        figures["coupling"] = fmean(gauge.loss for gauge in gauges)
+    return figures
 
 
 if __name__ == "__main__":

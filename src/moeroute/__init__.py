@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from moeroute.integration.adapters.wrap import unwrap_model as unwrap_model
     from moeroute.integration.adapters.wrap import wrap_model as wrap_model
     from moeroute.integration.callback import RoutingCallback as RoutingCallback
+    from moeroute.integration.coupling import add_coupling_loss as add_coupling_loss
+    from moeroute.integration.coupling import coupling_loss as coupling_loss
     from moeroute.integration.doctor import doctor as doctor
     from moeroute.integration.own_models import connect_layers as connect_layers
     from moeroute.integration.policy_gradient_trainer import (
@@ -55,8 +57,10 @@ __all__ = [
     "RoutingCallback",
     "__version__",
     "accept_routing_inputs",
+    "add_coupling_loss",
     "aux_losses",
     "connect_layers",
+    "coupling_loss",
     "doctor",
     "fast_expert_lora",
     "get_method",
@@ -85,7 +89,9 @@ def __getattr__(name: str) -> Any:
         "PostStepCallback": "post_step_callback",
         "RoutingCallback": "callback",
         "accept_routing_inputs": "adapters.inputs",
+        "add_coupling_loss": "coupling",
         "connect_layers": "own_models",
+        "coupling_loss": "coupling",
         "doctor": "doctor",
         "fast_expert_lora": "adapters.expert_lora",
         "merge": "adapters.merge",

@@ -21,13 +21,13 @@ def test_the_weight_is_the_highest_probability_with_a_gradient():
     assert torch.equal(routing.selected_experts[:, 0], best)
     torch.testing.assert_close(routing.routing_weights[:, 0], probs)
     routing.routing_weights.sum().backward()
-    assert router.score.inner.weight.grad.abs().sum() > 0
+    assert router.score.score.weight.grad.abs().sum() > 0
 
 
 def test_the_router_is_shaken_in_training_only_and_within_bounds():
     router = Switch(router_jitter_noise=0.1).router(6, 4)
     with torch.no_grad():
-        router.score.inner.weight.copy_(torch.eye(4, 6))
+        router.score.score.weight.copy_(torch.eye(4, 6))
     tokens = torch.randn(50, 6)
     shaken = router(given(tokens)).router_logits / tokens[:, :4]
     assert shaken.min() >= 0.9 - 1e-6

@@ -76,7 +76,7 @@ def equal_router(gate: Any, block: nn.Module | None = None) -> ComposedRouter:
     score: Any = router.score
     if isinstance(score, NormedScore):
         _copy(gate.scale, score.scale)
-    linear = score if isinstance(score, LinearScore) else score.inner
+    linear = score if isinstance(score, LinearScore) else score.score
     _copy(attrgetter(family.weight)(gate), linear.weight)
     if linear.bias is not None:
         _copy(gate.bias, linear.bias)

@@ -36,7 +36,11 @@ FIGURES = {
     "busiest": 8,
 }
 """Columns of figures and the width that each keeps on a narrow screen; only the bars are cut."""
-NOTHING = "nothing was routed inside the block: call the model before it ends"
+GAUGES = ("epsilon", "ERC")
+NOTHING = (
+    "no token was sent to an expert inside the block: call the model before it ends. Layers of "
+    "soft slots send none"
+)
 
 
 class RoutingTable(Table):
@@ -72,11 +76,14 @@ def routing_table(model_name: str, layers: Sequence[LayerStats], tracked: int) -
     for heading, width in FIGURES.items():
         table.add_column(heading, justify="right", no_wrap=True, min_width=width)
     table.add_column("load", no_wrap=True)
+    gauged = any(layer.gauge for layer in layers)
+    for heading in GAUGES if gauged else ():
+        table.add_column(heading, justify="right", no_wrap=True)
     for label, layer in zip(labels, layers, strict=True):
-        table.add_row(label, *_cells(layer))
+        table.add_row(label, *_cells(layer), *(_gauge_cells(layer) if gauged else ()))
     if len(layers) > 1:
         table.add_section()
-        table.add_row(*_mean_row(layers))
+        table.add_row(*_mean_row(layers), *(_mean_gauges(layers) if gauged else ()))
     table.caption = _caption(layers, tracked, pattern)
     return table
 
@@ -113,6 +120,11 @@ def _cells(layer: LayerStats) -> tuple[str | Text, ...]:
     )
 
 
+def _gauge_cells(layer: LayerStats) -> tuple[str, str]:
+    gauge = layer.gauge
+    return ("-", "-") if gauge is None else (f"{gauge.epsilon:.3f}", f"{gauge.loss:.3f}")
+
+
 def _mean_row(layers: Sequence[LayerStats]) -> tuple[str, ...]:
     mean = means(layers)
     dead = f"{mean['dead_experts']:.0f}"
@@ -129,6 +141,12 @@ def _mean_row(layers: Sequence[LayerStats]) -> tuple[str, ...]:
     )
 
 
+def _mean_gauges(layers: Sequence[LayerStats]) -> tuple[str, str]:
+    gauges = [layer.gauge for layer in layers if layer.gauge]
+    epsilon = sum(gauge.epsilon for gauge in gauges) / len(gauges)
+    return f"{epsilon:.3f}", f"{sum(gauge.loss for gauge in gauges) / len(gauges):.3f}"
+
+
 def _dead(ids: tuple[int, ...]) -> Text:
     if not ids:
         return Text("0")
@@ -140,9 +158,12 @@ def _caption(layers: Sequence[LayerStats], tracked: int, pattern: str) -> str:
     notes = ["an even load: entropy 1, CV 0, max viol 0, bars half high"]
     if len(layers) > 1:
         notes.insert(0, f"layers: {pattern}")
-        notes.append("last row: mean, mean, largest, sum")
+        means_too = ", mean, mean" if any(layer.gauge for layer in layers) else ""
+        notes.append(f"last row: mean, mean, largest, sum{means_too}")
     if any(layer.soft for layer in layers):
         notes.append("slots all: every token takes every expert; load is the share of weight")
+    if any(layer.gauge for layer in layers):
+        notes.append("epsilon 0.71: orthogonal router rows; ERC 0: experts know their own rows")
     if len(layers) < tracked:
         notes.append(f"{tracked - len(layers)} more routed layers saw no token")
     return "\n".join(notes)

@@ -6,7 +6,7 @@ Axes: T tokens, K slots per token, E experts.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +22,10 @@ from moeroute.ops.load import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from moeroute.integration.coupling import CouplingGauge
     from moeroute.integration.routing_table import RoutingTable
 
 
@@ -47,6 +48,8 @@ class LayerStats:
         dead_experts: Ids of the experts that no token chose.
         coactivation: (E, E) int64, tokens that chose both experts of a pair; None if not counted.
         soft: True if every token took every expert, so that slots say nothing about balance.
+        gauge: How specialised router and experts are, where `track_routing` was asked for it and
+            the layer can be read.
     """
 
     name: str
@@ -61,6 +64,7 @@ class LayerStats:
     dead_experts: tuple[int, ...]
     coactivation: Tensor | None
     soft: bool
+    gauge: CouplingGauge | None = None
 
     @property
     def num_experts(self) -> int:
@@ -89,6 +93,7 @@ class LayerStats:
             "dead_experts": list(self.dead_experts),
             "coactivation": None if self.coactivation is None else self.coactivation.tolist(),
             "soft": self.soft,
+            "gauge": None if self.gauge is None else asdict(self.gauge),
         }
 
 
@@ -170,6 +175,7 @@ class RoutingStats:
         self.names = tuple(names)
         self.tallies: dict[str, LayerTally] = {}
         self.paused = False
+        self.gauges: Callable[[], Mapping[str, CouplingGauge]] = dict
         self._coactivation = coactivation
 
     def add(
@@ -210,7 +216,11 @@ class RoutingStats:
         """One entry a layer that has routed something, in module order."""
         place = {name: index for index, name in enumerate(self.names)}
         ordered = sorted(self.tallies, key=lambda name: place.get(name, len(place)))
-        return tuple(self.tallies[name].read(name) for name in ordered)
+        gauges = {block_of(name): gauge for name, gauge in self.gauges().items()}
+        return tuple(
+            replace(self.tallies[name].read(name), gauge=gauges.get(block_of(name)))
+            for name in ordered
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data that `json.dumps` takes.
@@ -248,6 +258,12 @@ class RoutingStats:
     def __str__(self) -> str:
         """Show the summary as text."""
         return str(self.summary())
+
+
+def block_of(name: str) -> str:
+    """The block around a gate or experts; any other name as it is."""
+    block, _, last = name.rpartition(".")
+    return block if last in ("experts", "gate", "router") else name
 
 
 def total_tokens(layers: Sequence[LayerStats]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from moeroute.layers.routed import routed_layers, routing_passes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from moeroute.integration.coupling import CouplingGauge
     from moeroute.integration.routing_sources import Routed, Source, Sources
     from moeroute.types import RoutingRecord
 
@@ -24,7 +26,9 @@ NOT_IN_BACKWARD = -1
 
 
 @contextmanager
-def track_routing(model: nn.Module, *, coactivation: bool = True) -> Iterator[RoutingStats]:
+def track_routing(
+    model: nn.Module, *, coactivation: bool = True, coupling: bool = False
+) -> Iterator[RoutingStats]:
     """Watch which experts the tokens go to, in training and in evaluation, inside the block.
 
     Works on transformers' MoE checkpoints as they are, on models that `moeroute.wrap_model` has
@@ -36,6 +40,9 @@ def track_routing(model: nn.Module, *, coactivation: bool = True) -> Iterator[Ro
     Args:
         model: The model. It is unchanged after the block.
         coactivation: Whether to count which experts are chosen together, an (E, E) table a layer.
+        coupling: Whether to measure how specialised router and experts are (`LayerStats.gauge`),
+            anew each time that the statistics are read: E^2 products with the experts' first
+            matrices a layer.
 
     Yields:
         The statistics, empty until the model is called.
@@ -59,6 +66,8 @@ def track_routing(model: nn.Module, *, coactivation: bool = True) -> Iterator[Ro
     ordered = [name for name in map(plain_name, _module_names(model)) if name in wanted]
     names = list(dict.fromkeys([*ordered, *sorted(wanted)]))
     stats = RoutingStats(_class_name(model), names, coactivation=coactivation)
+    if coupling:
+        stats.gauges = partial(_gauges, model)
     with ExitStack() as stack:
         masks = _Masks()
         for module in _callables_with_mask(model):
@@ -71,6 +80,12 @@ def track_routing(model: nn.Module, *, coactivation: bool = True) -> Iterator[Ro
         if _is_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield stats
+
+
+def _gauges(model: nn.Module) -> dict[str, CouplingGauge]:
+    from moeroute.integration.coupling import coupling_gauges
+
+    return {plain_name(name): gauge for name, gauge in coupling_gauges(model).items()}
 
 
 class _Masks:

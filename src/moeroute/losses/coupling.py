@@ -81,7 +81,8 @@ class ERCLoss:
         if not isinstance(experts, HasGateWeights):
             raise ValueError(
                 f"{record.site}: the coupling loss needs experts with gate_weights(), such as "
-                f"SwiGLUExperts or MLPExperts, but got {type(experts).__name__}"
+                f"SwiGLUExperts or MLPExperts, but got {type(experts).__name__}; for the experts "
+                "of a checkpoint use moeroute.add_coupling_loss(model)"
             )
         draw = draw_proxies(rows) if self.noise else None
         return coupling_loss(rows, experts.gate_weights(), alpha=self.alpha, draw=draw)

@@ -33,24 +33,24 @@ class JitteredScore(nn.Module):
         ValueError: noise is outside [0, 1).
     """
 
-    inner: Score
+    score: Score
 
     def __init__(self, score: Score, *, noise: float = 0.01) -> None:
         super().__init__()
         if not 0.0 <= noise < 1.0:
             raise ValueError(f"noise={noise} is outside [0, 1)")
-        self.inner = score
+        self.score = score
         self.noise = noise
         self.num_experts = score.num_experts
 
     def forward(self, router_input: RouterInput) -> Tensor:
         """Answer (T, E) logits."""
         if not self.training:
-            return self.inner(router_input)
+            return self.score(router_input)
         tokens = router_input.hidden_states
         wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
         shaken = wide * torch.empty_like(wide).uniform_(1 - self.noise, 1 + self.noise)
-        return self.inner(dataclasses.replace(router_input, hidden_states=shaken))
+        return self.score(dataclasses.replace(router_input, hidden_states=shaken))
 
     def extra_repr(self) -> str:
         """Settings, for `print(model)`."""

@@ -44,18 +44,18 @@ class NoisyScore(nn.Module):
         router_logits: (T, E), in training with the noise.
     """
 
-    inner: SizedScore
+    score: SizedScore
 
     def __init__(self, score: SizedScore) -> None:
         super().__init__()
-        self.inner = score
+        self.score = score
         self.in_features = score.in_features
         self.num_experts = score.num_experts
         self.noise_weight = nn.Parameter(torch.zeros(score.num_experts, score.in_features))
 
     def forward(self, router_input: RouterInput) -> Tensor:
         """Answer (T, E) logits."""
-        logits = self.inner(router_input)
+        logits = self.score(router_input)
         if not self.training:
             return logits
         wish = linear_logits(router_input.hidden_states, self.noise_weight, None, None)

@@ -30,14 +30,14 @@ class SoftCappedScore(nn.Module):
         super().__init__()
         if cap <= 0:
             raise ValueError(f"cap={cap} bounds nothing; use a number above 0")
-        self.inner = score
+        self.score = score
         self.cap = cap
         self.num_experts = score.num_experts
         self.in_features = score.in_features
 
     def forward(self, router_input: RouterInput) -> Tensor:
         """Answer (T, E) logits in (-cap, cap)."""
-        return torch.tanh(self.inner(router_input) / self.cap) * self.cap
+        return torch.tanh(self.score(router_input) / self.cap) * self.cap
 
     def extra_repr(self) -> str:
         """Settings, for `print(model)`."""
@@ -54,14 +54,14 @@ class ScaledScore(nn.Module):
 
     def __init__(self, score: LinearScore, *, factor: float) -> None:
         super().__init__()
-        self.inner = score
+        self.score = score
         self.factor = factor
         self.num_experts = score.num_experts
         self.in_features = score.in_features
 
     def forward(self, router_input: RouterInput) -> Tensor:
         """Answer (T, E) logits."""
-        return self.inner(router_input) * self.factor
+        return self.score(router_input) * self.factor
 
     def extra_repr(self) -> str:
         """Settings, for `print(model)`."""
@@ -84,7 +84,7 @@ class NormedScore(nn.Module):
 
     def __init__(self, score: LinearScore, *, eps: float = 1e-6) -> None:
         super().__init__()
-        self.inner = score
+        self.score = score
         self.eps = eps
         self.num_experts = score.num_experts
         self.in_features = score.in_features
@@ -96,7 +96,7 @@ class NormedScore(nn.Module):
         wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
         unit = functional.rms_norm(wide, wide.shape[-1:], eps=self.eps)
         scaled = unit * self.scale * self.in_features**-0.5
-        return self.inner(dataclasses.replace(router_input, hidden_states=scaled))
+        return self.score(dataclasses.replace(router_input, hidden_states=scaled))
 
     def extra_repr(self) -> str:
         """Settings, for `print(model)`."""
