@@ -99,6 +99,12 @@ def permute_computing(key: str, parameter: torch.Tensor, order: torch.Tensor) ->
     return parameter
 
 
+def permute_chunks(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The same where a selection steers a loss by numbers that are of no expert."""
+    steers = "router.select." in key and ".select.select." not in key
+    return parameter if steers else permute_experts(key, parameter, order)
+
+
 def permute_slots(key: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """The same where experts have slots, on the second axis."""
     if key.endswith("scale"):
@@ -229,7 +235,12 @@ CASES: Mapping[str, MethodCase] = MappingProxyType(
             waits=True,
             exceptions=NEEDS_ADAPTERS,
         ),
-        "blockffn": MethodCase(fields=ADDED, second={"num_experts": 2}),
+        "blockffn": MethodCase(
+            fields=ADDED,
+            second={"num_experts": 2},
+            permute=permute_chunks,
+            trainer=partial(Trainer, callbacks=[moeroute.PostStepCallback()]),
+        ),
         "expert_choice": MethodCase(
             fields=ADDED,
             second={"num_experts": 2},

@@ -161,6 +161,13 @@ ROUTERS: Mapping[str, RouterCase] = {
     "biased": selected(lambda: TopK(TOP_K, selection_bias=routers.SelectionBias(EXPERTS))),
     "positive": selected(routers.Positive, empties=True),
     "positive-rms": selected(lambda: routers.PositiveRMS(EXPERTS), empties=True),
+    "chunk-steered": selected(
+        lambda: routers.ChunkControl(routers.PositiveRMS(EXPERTS)), empties=True
+    ),
+    "density-steered": selected(
+        lambda: routers.DensityControl(routers.Positive(), TOP_K), empties=True
+    ),
+    "counted": selected(lambda: routers.RunningLoad(TopK(TOP_K)), weights_sum_to=1.0),
     "top_p": selected(lambda: routers.TopP(0.7), empties=True),
     "top_p-capped": selected(
         lambda: routers.TopP(0.9, max_slots=2, normalize=True), empties=True, weights_sum_to=1.0

@@ -1,114 +1,183 @@
 """What every loss must do."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from contracts.loss_cases import (
+    CASES,
+    EXPERTS,
+    LENGTH,
+    SAMPLES,
+    TOKENS,
+    Rich,
+    RichExperts,
+    make,
+    record,
+    without_samples,
+)
+from torch import nn
 
-from moeroute.losses import BalanceLoss, ImportanceLoss, ZLoss
-from moeroute.losses.entropy import EntropyLoss
-from moeroute.losses.weight_balance import WeightBalanceLoss
+from moeroute import losses
 from moeroute.routers import All, TopK, TopKSoftmax
-from moeroute.types import RouterOutput, RoutingRecord
 
-TOKENS, EXPERTS = 24, 6
-AT_BALANCE = {
-    BalanceLoss: 1.0,
-    EntropyLoss: 1.0,
-    ImportanceLoss: 0.0,
-    WeightBalanceLoss: 2 / EXPERTS,  # two of six experts kept, not renormalised
-    ZLoss: math.log(EXPERTS) ** 2,
-}
-OF_WEIGHTS = (ImportanceLoss, WeightBalanceLoss)
-every_loss = pytest.mark.parametrize("make", list(AT_BALANCE))
+every_loss = pytest.mark.parametrize("name", CASES)
+of_logits = pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if case.reads != "parameters"]
+)
 
 
-def record(logits, mask=None, select=None):
-    selection = (select or TopK(2, normalize=False))(logits)
-    routing = RouterOutput(
-        router_logits=logits,
-        routing_weights=selection.routing_weights,
-        selected_experts=selection.selected_experts,
-    )
-    return RoutingRecord(site="", layer_index=0, routing=routing, token_mask=mask)
+def balanced() -> torch.Tensor:
+    """Logits whose two best rotate through the experts, the same way in every sample."""
+    pairs = torch.eye(EXPERTS).add(torch.eye(EXPERTS).roll(1, 0))
+    return pairs.repeat(SAMPLES, 1) * 1e-4
 
 
-def balanced():
-    """Logits whose two best rotate through the experts and whose mean probabilities are even."""
-    return torch.eye(EXPERTS).roll(0).add(torch.eye(EXPERTS).roll(1, 0)).repeat(4, 1) * 1e-4
+def test_the_suite_knows_every_loss():
+    public = {name for name in losses.__all__ if name.endswith("Loss")}
+    assert set(CASES) == public
 
 
 @every_loss
-def test_value_at_perfect_balance(make):
-    assert make()(record(balanced())).item() == pytest.approx(AT_BALANCE[make], abs=2e-3)
+def test_value_at_perfect_balance(name):
+    loss = make(name)(record(balanced()))
+    assert loss.item() == pytest.approx(CASES[name].at_balance, abs=4e-3)
 
 
 @every_loss
 @pytest.mark.parametrize("select", [TopK(1, normalize=False), TopKSoftmax(2), All()], ids=repr)
-def test_scalar_finite_and_not_negative(make, select):
-    loss = make()(record(3 * torch.randn(TOKENS, EXPERTS), select=select))
+def test_scalar_finite_and_bounded(name, select):
+    loss = make(name)(record(3 * torch.randn(TOKENS, EXPERTS), select=select))
     assert loss.shape == ()
     assert loss.dtype == torch.float32
-    assert 0 <= loss < math.inf
+    assert CASES[name].least <= loss < math.inf
 
 
-@every_loss
-def test_gradient_reaches_the_logits_and_agrees_with_finite_differences(make):
+@of_logits
+def test_gradient_reaches_the_logits_and_agrees_with_finite_differences(name):
     logits = torch.randn(TOKENS, EXPERTS, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda z: make()(record(z)), (logits,), atol=1e-5)
-    make()(record(logits)).backward()
+    parts = Rich(), RichExperts()
+    keys = torch.randn(SAMPLES, EXPERTS, dtype=torch.float64)
+    fields = {"sharpness": 1.0} if name == "LocalityLoss" else {}
+
+    def loss(tensor):
+        known = record(tensor, parts=parts)
+        if name == "SamePairLoss":  # its keys are another router's
+            known = replace(known, routing=replace(known.routing, momentum_features=keys))
+        return make(name, **fields)(known)
+
+    assert torch.autograd.gradcheck(loss, (logits,), atol=1e-5)
+    loss(logits).backward()
     assert logits.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.reads == "parameters"])
+def test_gradient_reaches_the_parameters(name):
+    router, experts = Rich(), RichExperts()
+    with torch.no_grad():
+        for parameter in (*router.parameters(), *experts.parameters()):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    make(name)(record(torch.randn(TOKENS, EXPERTS), parts=(router, experts))).backward()
+    reached = {key for key, value in router.named_parameters() if value.grad is not None}
+    reached |= {key for key, value in experts.named_parameters() if value.grad is not None}
+    assert (
+        reached
+        == {
+            "ERCLoss": {"score.weight", "up_proj"},
+            "OrthogonalityLoss": {"score.weight"},
+            "PreserveLoss": {"up_proj"},
+        }[name]
+    )
+
+
 @every_loss
-def test_padding_does_not_matter_even_if_it_is_nan(make):
-    logits = torch.randn(TOKENS, EXPERTS)
-    mask = torch.arange(TOKENS) % 3 > 0
-    logits[~mask] = float("nan")
-    logits.requires_grad_()
+def test_padding_does_not_matter_even_if_it_is_nan(name):
+    logits, parts = torch.randn(TOKENS, EXPERTS), (Rich(), RichExperts())
+    mask = torch.arange(TOKENS) % LENGTH > 1
+    poisoned = torch.where(mask[:, None], logits, torch.nan).requires_grad_()
     selection = TopKSoftmax(2)
-    masked = make()(record(logits, mask, selection))
-    kept = make()(record(logits.detach()[mask], None, selection))
-    torch.testing.assert_close(masked, kept)
+    masked = make(name)(record(poisoned, mask, selection, parts))
+    torch.testing.assert_close(masked, make(name)(record(logits, mask, selection, parts)))
+    if not CASES[name].ordered:
+        kept = make(name)(record(logits[mask], None, selection, parts))
+        torch.testing.assert_close(masked, kept)
+    if CASES[name].reads == "parameters":
+        return
     masked.backward()
-    assert logits.grad[mask].isfinite().all()
-    if make not in OF_WEIGHTS:  # whose gradient passes through a softmax of NaN padding
-        assert torch.count_nonzero(logits.grad[~mask]) == 0
+    assert poisoned.grad[mask].isfinite().all()
+    if CASES[name].reads == "logits":  # the others pass through a softmax of NaN padding
+        assert torch.count_nonzero(poisoned.grad[~mask]) == 0
 
 
-@every_loss
-@pytest.mark.parametrize("tokens", [0, 5])
-def test_no_real_tokens_cost_nothing(make, tokens):
+@of_logits
+@pytest.mark.parametrize("tokens", [0, 5, TOKENS])
+def test_no_real_tokens_cost_nothing(name, tokens):
+    if name == "SamePairLoss":
+        pytest.skip("compares samples, whose features the router made")
     logits = torch.randn(tokens, EXPERTS, requires_grad=True)
-    loss = make()(record(logits, torch.zeros(tokens, dtype=torch.bool)))
+    loss = make(name)(record(logits, torch.zeros(tokens, dtype=torch.bool)))
     loss.backward()
     assert loss.item() == 0
     assert logits.grad.isfinite().all()
-    assert make()(record(logits[:0])).item() == 0
+    assert make(name)(record(logits[:0])).item() == 0
 
 
 @every_loss
-def test_order_of_tokens_does_not_matter(make):
-    logits = torch.randn(TOKENS, EXPERTS)
-    shuffled = logits[torch.randperm(TOKENS)]
-    torch.testing.assert_close(make()(record(logits)), make()(record(shuffled)))
+def test_order_of_samples_does_not_matter_nor_of_tokens_where_samples_do_not(name):
+    logits, parts = torch.randn(TOKENS, EXPERTS), (Rich(), RichExperts())
+    swapped = logits.reshape(2, 2, LENGTH, EXPERTS).flip(0).reshape(TOKENS, EXPERTS)
+    expected = make(name)(record(logits, parts=parts))
+    torch.testing.assert_close(make(name)(record(swapped, parts=parts)), expected)
+    if not CASES[name].ordered:
+        shuffled = logits[torch.randperm(TOKENS)]
+        torch.testing.assert_close(make(name)(record(shuffled, parts=parts)), expected)
 
 
 @every_loss
-def test_autocast_changes_nothing(make):
+def test_autocast_changes_nothing(name):
     one = record(torch.randn(TOKENS, EXPERTS))
-    expected = make()(one)
+    expected = make(name)(one)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(make()(one), expected)
+        torch.testing.assert_close(make(name)(one), expected, rtol=1e-6, atol=1e-6)
 
 
 @every_loss
-def test_losses_are_frozen_compare_by_value_and_trace(make):
-    assert make(weight=0.5) == make(weight=0.5) != make(weight=0.25)
+def test_losses_are_frozen_compare_by_value_and_trace(name):
+    assert make(name, weight=0.5) == make(name, weight=0.5) != make(name, weight=0.25)
     with pytest.raises(AttributeError):
-        make().weight = 2.0
+        make(name).weight = 2.0
     with pytest.raises(TypeError):
-        make(0.5)
-    logits = torch.randn(TOKENS, EXPERTS)
-    compiled = torch.compile(lambda z: make()(record(z)), fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(logits), make()(record(logits)))
+        getattr(losses, name)(0.5)
+    logits, parts = torch.randn(TOKENS, EXPERTS), (Rich(), RichExperts())
+    compiled = torch.compile(
+        lambda z: make(name)(record(z, parts=parts)), fullgraph=True, backend="eager"
+    )
+    torch.testing.assert_close(compiled(logits), make(name)(record(logits, parts=parts)))
+
+
+@pytest.mark.parametrize(
+    "name", ["ChunkSparsityLoss", "LocalityLoss", "SequenceBalanceLoss", "TaskContrastLoss"]
+)
+def test_losses_over_samples_need_to_know_them(name):
+    with pytest.raises(ValueError, match=rf"layers.0.mlp: {name} needs"):
+        make(name)(without_samples(record(torch.randn(TOKENS, EXPERTS))))
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("ActiveWeightLoss", "steers its density"),
+        ("ERCLoss", "one row an expert"),
+        ("OrthogonalityLoss", "one row an expert"),
+        ("SamePairLoss", "compares samples"),
+        ("TaskContrastLoss", "task_embeddings"),
+    ],
+)
+def test_what_a_router_does_not_give_is_named(name, what):
+    known = replace(record(torch.randn(TOKENS, EXPERTS)), router=nn.Identity())
+    with pytest.raises(ValueError, match=rf"layers.0.mlp: .*{what}"):
+        make(name)(known)
+    if name == "ERCLoss":
+        with pytest.raises(ValueError, match=r"gate_weights\(\)"):
+            make(name)(replace(known, router=Rich(), experts=nn.Identity()))

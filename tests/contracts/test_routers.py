@@ -48,7 +48,11 @@ def test_shapes_dtypes_and_range(name, tokens):
     assert ids.dtype == torch.int64
     assert ((ids >= 0) & (ids < EXPERTS + ROUTERS[name].empties)).all()
     assert (weights[ids == EXPERTS] == 0).all()
-    assert (weights >= 0).all() or name in ("gemma4", "positive-rms")  # scales of any sign
+    assert (weights >= 0).all() or name in (
+        "gemma4",
+        "positive-rms",
+        "chunk-steered",
+    )  # scales of any sign
     for row in ids.tolist():
         filled = [expert for expert in row if expert < EXPERTS]
         assert len(set(filled)) == len(filled)

@@ -78,8 +78,41 @@ for seen, wanted in zip(found, gradients(make("remix"), [0, 1]), strict=True):
     torch.testing.assert_close(seen, wanted)
 """
 
+LOADS = """
+from moeroute.layers import MoELayer, SwiGLUExperts
+from moeroute.losses import BalanceLoss, GlobalBalanceLoss
+from moeroute.routers import ComposedRouter, LinearScore, RunningLoad, TopK
 
-@pytest.mark.parametrize("script", [BIASES, DRAWS], ids=["biases", "draws"])
+tokens = torch.eye(4).repeat(2, 1)  # the first rank sees experts 0 and 1, the second 2 and 3
+
+
+def layer(loss):
+    torch.manual_seed(0)
+    router = ComposedRouter(LinearScore(4, 4), RunningLoad(TopK(1, normalize=False)))
+    with torch.no_grad():
+        router.score.weight.copy_(5 * torch.eye(4))
+    made = MoELayer(router=router, experts=SwiGLUExperts(4, 4, 4), losses=(loss,))
+    return moeroute.connect_layers(torch.nn.Sequential(made)).train()
+
+
+def charged(model, rows):
+    model(rows)
+    return moeroute.aux_losses(model).parts.popitem()[1]
+
+
+mine = tokens[2 * rank : 2 * rank + 2]
+alone = charged(layer(BalanceLoss()), mine)
+both = charged(layer(GlobalBalanceLoss()), mine)
+gathered = both.detach().clone()
+distributed.all_reduce(gathered)
+distributed.destroy_process_group()
+assert alone > 1.9, alone
+torch.testing.assert_close(gathered / 2, charged(layer(GlobalBalanceLoss()), tokens[:4]))
+torch.testing.assert_close(gathered / 2, torch.tensor(1.0))
+"""
+
+
+@pytest.mark.parametrize("script", [BIASES, DRAWS, LOADS], ids=["biases", "draws", "loads"])
 def test_two_ranks_are_one_process(tmp_path, script):
     processes = [
         subprocess.Popen(

@@ -32,7 +32,7 @@ class ActiveWeightLoss:
     """Pushes the weights of active experts down, as hard as the router's density asks for.
 
     With every expert at a load of slots * T / E and a mean weight of m over its tokens it is
-    coefficient * m * slots / E; 0 without real tokens or where nobody is active. The gradient of
+    coefficient * m * slots; 0 without real tokens or where nobody is active. The gradient of
     active experts is positive, larger at the fuller expert; counts carry none. Padding and empty
     slots are left out.
 

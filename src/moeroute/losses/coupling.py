@@ -99,7 +99,7 @@ def router_rows(router: nn.Module | None, site: str) -> Tensor:
         score = score.score
     if not isinstance(score, HasRows) or score.weight.ndim != 2:
         raise ValueError(
-            f"{site}: the coupling loss needs a router with one row an expert, such as one with a "
+            f"{site}: the loss needs a router with one row an expert, such as one with a "
             f"LinearScore, but got {type(router).__name__}"
         )
     return score.weight

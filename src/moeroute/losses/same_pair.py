@@ -10,28 +10,14 @@ Source: Mixture-of-Experts Meets In-Context Reinforcement Learning, Wu et al., 2
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moeroute.ops.exact import without_autocast
 from moeroute.types import RoutingRecord
-
-
-@runtime_checkable
-class HasFeatures(Protocol):
-    """A routing that says something of whole samples, by the router and by a slower copy."""
-
-    features: Tensor
-    momentum_features: Tensor
-
-
-@runtime_checkable
-class HasBilinear(Protocol):
-    """A router that compares features."""
-
-    bilinear: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,10 +42,11 @@ class SamePairLoss:
 
     def __call__(self, record: RoutingRecord) -> Tensor:
         """The loss of one layer: a scalar, unweighted."""
-        routing: object = record.routing
-        parts = [] if record.router is None else list(record.router.modules())
-        bilinear = next((part.bilinear for part in parts if isinstance(part, HasBilinear)), None)
-        if not isinstance(routing, HasFeatures) or bilinear is None:
+        routing: Any = record.routing
+        router = record.router
+        parts: list[Any] = [] if router is None else list(router.modules())
+        bilinear = next((part.bilinear for part in parts if hasattr(part, "bilinear")), None)
+        if bilinear is None or not hasattr(routing, "momentum_features"):
             raise ValueError(
                 f"{record.site}: SamePairLoss needs a router that compares samples, such as "
                 "MomentumRouter"
@@ -73,8 +60,9 @@ class SamePairLoss:
         half = queries.shape[0] // 2
         if not half:
             return queries.sum() * 0.0
-        compared = queries @ bilinear.to(queries)
+        with without_autocast(queries.device.type):
+            compared = queries @ bilinear.to(queries)
+            between = compared[:half] @ keys[half:].T, compared[half:] @ keys[:half].T
         labels = torch.arange(half, device=queries.device)
-        first = functional.cross_entropy(compared[:half] @ keys[half:].T, labels)
-        second = functional.cross_entropy(compared[half:] @ keys[:half].T, labels)
+        first, second = (functional.cross_entropy(each, labels) for each in between)
         return (first + second) / 2

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moeroute.losses.masked import real_tokens_only
+from moeroute.ops.exact import without_autocast
 from moeroute.types import RoutingRecord
 
 
@@ -65,7 +66,10 @@ class TaskContrastLoss:
             )
         features, real = _sample_features(record, record.sequence_shape)
         embeddings = record.router.task_embeddings.to(features)
-        cosines = functional.normalize(features, dim=1) @ functional.normalize(embeddings, dim=1).T
+        units = functional.normalize(features, dim=1)
+        goals = functional.normalize(embeddings, dim=1)
+        with without_autocast(features.device.type):
+            cosines = units @ goals.T
         log_probs = torch.log_softmax(cosines / self.temperature, dim=1)
         task_ids = record.task_ids.to(features.device, torch.int64)
         own = log_probs.gather(1, task_ids.unsqueeze(1)).squeeze(1)

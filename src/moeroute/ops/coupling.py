@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moeroute.ops.exact import without_autocast
 from moeroute.ops.ranks import same_on_all_ranks
 
 TINY = 1e-12
@@ -64,7 +65,8 @@ def coupling_loss(
     if draw is not None:
         stretch = (2 * draw.to(rows) - 1) * specialization(rows).unsqueeze(1)
         rows = rows * (1 + stretch)
-    answers = torch.einsum("ih,jdh->ijd", rows, weights)
+    with without_autocast(rows.device.type):
+        answers = torch.einsum("ih,jdh->ijd", rows, weights)
     # norm with a gradient at 0
     strength = answers.square().sum(-1).clamp(min=TINY).sqrt()  # (proxy, expert)
     own = alpha * strength.diagonal()

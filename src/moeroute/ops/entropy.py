@@ -37,3 +37,24 @@ def tsallis_entropy(probs: Tensor, *, index: float, eps: float = 1e-5) -> Tensor
     if abs(index - 1.0) < NEAR_SHANNON:
         return -(shifted * shifted.log()).sum(-1) / math.log(size)
     return (1.0 - shifted.pow(index).sum(-1)) / (1.0 - size ** (1.0 - index))
+
+
+def renyi_entropy(probs: Tensor, *, order: float) -> Tensor:
+    """Renyi entropy of each row, divided by that of equal probabilities.
+
+        H = ln(sum_e p_e^a) / ((1 - a) ln E),  Shannon's where a is within 0.01 of 1
+
+    Args:
+        probs: (..., E), float32 or wider, rows sum to 1.
+        order: a, above 0.
+
+    Returns:
+        (...) in [0, 1], in the dtype of probs, differentiable where p > 0; 0 for a single expert.
+    """
+    size = probs.shape[-1]
+    if size == 1:
+        return torch.zeros_like(probs[..., 0])
+    safe = probs.clamp(min=torch.finfo(probs.dtype).tiny)
+    if abs(order - 1.0) < NEAR_SHANNON:
+        return -(safe * safe.log()).sum(-1) / math.log(size)
+    return safe.pow(order).sum(-1).log() / ((1.0 - order) * math.log(size))

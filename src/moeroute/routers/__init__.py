@@ -16,6 +16,7 @@ from moeroute.routers.by_probability import Threshold as Threshold
 from moeroute.routers.by_probability import TopP as TopP
 from moeroute.routers.capacity import Capacity as Capacity
 from moeroute.routers.causal_gate import PreGate as PreGate
+from moeroute.routers.chunk_control import ChunkControl as ChunkControl
 from moeroute.routers.collect import routers_in as routers_in
 from moeroute.routers.composed import ComposedRouter as ComposedRouter
 from moeroute.routers.cosine import CosineScore as CosineScore
@@ -55,6 +56,7 @@ from moeroute.routers.positive import Positive as Positive
 from moeroute.routers.positive import PositiveRMS as PositiveRMS
 from moeroute.routers.pre_gate import PreGateRouter as PreGateRouter
 from moeroute.routers.recurrent import RecurrentRouter as RecurrentRouter
+from moeroute.routers.running_load import RunningLoad as RunningLoad
 from moeroute.routers.score_maps import NormedScore as NormedScore
 from moeroute.routers.score_maps import ScaledScore as ScaledScore
 from moeroute.routers.score_maps import SoftCappedScore as SoftCappedScore
@@ -75,6 +77,7 @@ from moeroute.routers.top_k_logits import TopKLogits as TopKLogits
 __all__ = [
     "All",
     "Capacity",
+    "ChunkControl",
     "ComposedRouter",
     "CosineScore",
     "DensityControl",
@@ -95,6 +98,7 @@ __all__ = [
     "PreGate",
     "PreGateRouter",
     "RecurrentRouter",
+    "RunningLoad",
     "ScaledScore",
     "Score",
     "Select",

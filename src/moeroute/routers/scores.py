@@ -6,13 +6,13 @@ Axes: T tokens, H hidden, E experts.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moeroute.ops.exact import without_autocast
 from moeroute.types import RouterInput
 
 
@@ -159,20 +159,13 @@ def linear_logits(
     if compute_dtype is None:
         widest = torch.promote_types(tokens.dtype, weight.dtype)
         compute_dtype = torch.promote_types(widest, torch.float32)
-    with _without_autocast(tokens.device.type):
+    with without_autocast(tokens.device.type):
         logits = functional.linear(
             tokens.to(compute_dtype),
             weight.to(compute_dtype),
             None if bias is None else bias.to(compute_dtype),
         )
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Switch autocast off where it is on (the meta device has none)."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def _check_sizes(in_features: int, num_experts: int) -> None:

@@ -19,10 +19,13 @@ from moeroute.integration.adapters.first_pass import KeepFirstCache, RunFirstPas
 from moeroute.integration.gates import HOST_NAME
 from moeroute.layers.routed import losses_lost_their_graph
 from moeroute.losses.balance import BalanceLoss
+from moeroute.losses.global_balance import GlobalBalanceLoss
+from moeroute.losses.sequence_balance import SequenceBalanceLoss
 from moeroute.losses.total import total_loss
 from moeroute.routing_pass import RoutingPass, SampleInputs
 from moeroute.types import RoutingRecord
 
+BALANCES = (BalanceLoss, GlobalBalanceLoss, SequenceBalanceLoss)
 IGNORE_INDEX = -100
 
 
@@ -108,7 +111,7 @@ def own_balance_term(
         record.site
         for record in records
         if HOST_NAME in root.get_submodule(record.site)._modules
-        and any(isinstance(loss, BalanceLoss) for loss in record.losses)
+        and any(isinstance(loss, BALANCES) for loss in record.losses)
     }
     if not balanced:
         return 0.0
