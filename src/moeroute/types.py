@@ -105,17 +105,6 @@ class RouterOutput:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ThresholdOutput(RouterOutput):
-    """What a router says that compares probabilities with a threshold of each token.
-
-    Attributes:
-        thresholds: (T,) in the logits' dtype, with a gradient; what losses compare with.
-    """
-
-    thresholds: Tensor
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class DispatchPlan:
     """The rows of a routed layer in expert order; made by `ops.plan_dispatch`, then gone.
 

@@ -8,8 +8,9 @@ from torch import nn
 
 from moeroute import losses
 from moeroute.layers import MLPExperts
+from moeroute.outputs import ContrastOutput, ThresholdOutput
 from moeroute.routers import ComposedRouter, LinearScore, TopK
-from moeroute.types import RoutingRecord, ThresholdOutput
+from moeroute.types import RoutingRecord
 
 SAMPLES, LENGTH, EXPERTS, WIDTH = 4, 6, 6, 8
 TOKENS = SAMPLES * LENGTH
@@ -66,14 +67,6 @@ def make(name: str, **changed: object):
     return getattr(losses, name)(**{**dict(CASES[name].fields), **changed})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RichOutput(ThresholdOutput):
-    """Routing that says everything that some loss reads."""
-
-    features: torch.Tensor
-    momentum_features: torch.Tensor
-
-
 class Rich(nn.Module):
     """A router with everything that some loss reads."""
 
@@ -103,7 +96,7 @@ class RichExperts(MLPExperts):
         return (self.up_proj - self.start).square().sum()
 
 
-def record(logits, mask=None, select=None, parts=None) -> RoutingRecord:
+def record(logits, mask=None, select=None, parts=None, pairs=False) -> RoutingRecord:  # noqa: FBT002
     """What a layer of (T, E) logits did; two tasks, four samples where the tokens allow it."""
     router, experts = parts or (Rich(), RichExperts())
     select = select or TopK(2, normalize=False)
@@ -114,14 +107,16 @@ def record(logits, mask=None, select=None, parts=None) -> RoutingRecord:
     features = real.sum(1) / known.reshape(shape).sum(1, keepdim=True).clamp(min=1)
     if shape[0] == 1:  # pairs of samples
         features = features.repeat(2, 1)
-    routing = RichOutput(
-        router_logits=logits,
-        routing_weights=selection.routing_weights,
-        selected_experts=selection.selected_experts,
-        thresholds=logits.new_zeros(len(logits)),
-        features=features,
-        momentum_features=features.detach().roll(1, 1),
-    )
+    chosen = {
+        "router_logits": logits,
+        "routing_weights": selection.routing_weights,
+        "selected_experts": selection.selected_experts,
+    }
+    if pairs:
+        keys = features.detach().roll(1, 1)
+        routing = ContrastOutput(**chosen, features=features, momentum_features=keys)
+    else:
+        routing = ThresholdOutput(**chosen, thresholds=logits.new_zeros(len(logits)))
     return RoutingRecord(
         site="layers.0.mlp",
         layer_index=0,

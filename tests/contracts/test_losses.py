@@ -28,6 +28,11 @@ of_logits = pytest.mark.parametrize(
 )
 
 
+def of(name, *arguments, **fields):
+    """A record that the loss can read."""
+    return record(*arguments, pairs=name == "SamePairLoss", **fields)
+
+
 def balanced() -> torch.Tensor:
     """Logits whose two best rotate through the experts, the same way in every sample."""
     pairs = torch.eye(EXPERTS).add(torch.eye(EXPERTS).roll(1, 0))
@@ -41,14 +46,14 @@ def test_the_suite_knows_every_loss():
 
 @every_loss
 def test_value_at_perfect_balance(name):
-    loss = make(name)(record(balanced()))
+    loss = make(name)(of(name, balanced()))
     assert loss.item() == pytest.approx(CASES[name].at_balance, abs=4e-3)
 
 
 @every_loss
 @pytest.mark.parametrize("select", [TopK(1, normalize=False), TopKSoftmax(2), All()], ids=repr)
 def test_scalar_finite_and_bounded(name, select):
-    loss = make(name)(record(3 * torch.randn(TOKENS, EXPERTS), select=select))
+    loss = make(name)(of(name, 3 * torch.randn(TOKENS, EXPERTS), select=select))
     assert loss.shape == ()
     assert loss.dtype == torch.float32
     assert CASES[name].least <= loss < math.inf
@@ -62,7 +67,7 @@ def test_gradient_reaches_the_logits_and_agrees_with_finite_differences(name):
     fields = {"sharpness": 1.0} if name == "LocalityLoss" else {}
 
     def loss(tensor):
-        known = record(tensor, parts=parts)
+        known = of(name, tensor, parts=parts)
         if name == "SamePairLoss":  # its keys are another router's
             known = replace(known, routing=replace(known.routing, momentum_features=keys))
         return make(name, **fields)(known)
@@ -78,7 +83,7 @@ def test_gradient_reaches_the_parameters(name):
     with torch.no_grad():
         for parameter in (*router.parameters(), *experts.parameters()):
             parameter.add_(0.3 * torch.randn_like(parameter))
-    make(name)(record(torch.randn(TOKENS, EXPERTS), parts=(router, experts))).backward()
+    make(name)(of(name, torch.randn(TOKENS, EXPERTS), parts=(router, experts))).backward()
     reached = {key for key, value in router.named_parameters() if value.grad is not None}
     reached |= {key for key, value in experts.named_parameters() if value.grad is not None}
     assert (
@@ -97,10 +102,10 @@ def test_padding_does_not_matter_even_if_it_is_nan(name):
     mask = torch.arange(TOKENS) % LENGTH > 1
     poisoned = torch.where(mask[:, None], logits, torch.nan).requires_grad_()
     selection = TopKSoftmax(2)
-    masked = make(name)(record(poisoned, mask, selection, parts))
-    torch.testing.assert_close(masked, make(name)(record(logits, mask, selection, parts)))
+    masked = make(name)(of(name, poisoned, mask, selection, parts))
+    torch.testing.assert_close(masked, make(name)(of(name, logits, mask, selection, parts)))
     if not CASES[name].ordered:
-        kept = make(name)(record(logits[mask], None, selection, parts))
+        kept = make(name)(of(name, logits[mask], None, selection, parts))
         torch.testing.assert_close(masked, kept)
     if CASES[name].reads == "parameters":
         return
@@ -116,27 +121,27 @@ def test_no_real_tokens_cost_nothing(name, tokens):
     if name == "SamePairLoss":
         pytest.skip("compares samples, whose features the router made")
     logits = torch.randn(tokens, EXPERTS, requires_grad=True)
-    loss = make(name)(record(logits, torch.zeros(tokens, dtype=torch.bool)))
+    loss = make(name)(of(name, logits, torch.zeros(tokens, dtype=torch.bool)))
     loss.backward()
     assert loss.item() == 0
     assert logits.grad.isfinite().all()
-    assert make(name)(record(logits[:0])).item() == 0
+    assert make(name)(of(name, logits[:0])).item() == 0
 
 
 @every_loss
 def test_order_of_samples_does_not_matter_nor_of_tokens_where_samples_do_not(name):
     logits, parts = torch.randn(TOKENS, EXPERTS), (Rich(), RichExperts())
     swapped = logits.reshape(2, 2, LENGTH, EXPERTS).flip(0).reshape(TOKENS, EXPERTS)
-    expected = make(name)(record(logits, parts=parts))
-    torch.testing.assert_close(make(name)(record(swapped, parts=parts)), expected)
+    expected = make(name)(of(name, logits, parts=parts))
+    torch.testing.assert_close(make(name)(of(name, swapped, parts=parts)), expected)
     if not CASES[name].ordered:
         shuffled = logits[torch.randperm(TOKENS)]
-        torch.testing.assert_close(make(name)(record(shuffled, parts=parts)), expected)
+        torch.testing.assert_close(make(name)(of(name, shuffled, parts=parts)), expected)
 
 
 @every_loss
 def test_autocast_changes_nothing(name):
-    one = record(torch.randn(TOKENS, EXPERTS))
+    one = of(name, torch.randn(TOKENS, EXPERTS))
     expected = make(name)(one)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(make(name)(one), expected, rtol=1e-6, atol=1e-6)
@@ -151,9 +156,9 @@ def test_losses_are_frozen_compare_by_value_and_trace(name):
         getattr(losses, name)(0.5)
     logits, parts = torch.randn(TOKENS, EXPERTS), (Rich(), RichExperts())
     compiled = torch.compile(
-        lambda z: make(name)(record(z, parts=parts)), fullgraph=True, backend="eager"
+        lambda z: make(name)(of(name, z, parts=parts)), fullgraph=True, backend="eager"
     )
-    torch.testing.assert_close(compiled(logits), make(name)(record(logits, parts=parts)))
+    torch.testing.assert_close(compiled(logits), make(name)(of(name, logits, parts=parts)))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +166,7 @@ def test_losses_are_frozen_compare_by_value_and_trace(name):
 )
 def test_losses_over_samples_need_to_know_them(name):
     with pytest.raises(ValueError, match=rf"layers.0.mlp: {name} needs"):
-        make(name)(without_samples(record(torch.randn(TOKENS, EXPERTS))))
+        make(name)(without_samples(of(name, torch.randn(TOKENS, EXPERTS))))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +180,7 @@ def test_losses_over_samples_need_to_know_them(name):
     ],
 )
 def test_what_a_router_does_not_give_is_named(name, what):
-    known = replace(record(torch.randn(TOKENS, EXPERTS)), router=nn.Identity())
+    known = replace(of(name, torch.randn(TOKENS, EXPERTS)), router=nn.Identity())
     with pytest.raises(ValueError, match=rf"layers.0.mlp: .*{what}"):
         make(name)(known)
     if name == "ERCLoss":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -20,6 +21,13 @@ from moeroute.ops.load import tokens_per_expert
 from moeroute.ops.probs import softmax_probs
 from moeroute.ops.ranks import sum_over_ranks
 from moeroute.types import RoutingRecord
+
+
+@runtime_checkable
+class CountsSteps(Protocol):
+    """A part of a router that knows whom it chose since the last optimizer step."""
+
+    counts_of_step: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,8 +69,7 @@ class GlobalBalanceLoss:
 def _seen(record: RoutingRecord) -> Tensor:
     """(E,) counts since the last step where the router keeps them, else of this forward."""
     for part in [] if record.router is None else record.router.modules():
-        counts = getattr(part, "counts_of_step", None)
-        if counts is not None:
-            return counts
+        if isinstance(part, CountsSteps) and part.counts_of_step is not None:
+            return part.counts_of_step
     routing = record.routing
     return tokens_per_expert(routing.selected_experts, routing.num_experts, record.token_mask)

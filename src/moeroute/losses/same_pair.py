@@ -10,14 +10,22 @@ Source: Mixture-of-Experts Meets In-Context Reinforcement Learning, Wu et al., 2
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from moeroute.ops.exact import without_autocast
+from moeroute.outputs import ContrastOutput
 from moeroute.types import RoutingRecord
+
+
+@runtime_checkable
+class HasBilinear(Protocol):
+    """A router that compares features."""
+
+    bilinear: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,11 +50,10 @@ class SamePairLoss:
 
     def __call__(self, record: RoutingRecord) -> Tensor:
         """The loss of one layer: a scalar, unweighted."""
-        routing: Any = record.routing
-        router = record.router
-        parts: list[Any] = [] if router is None else list(router.modules())
-        bilinear = next((part.bilinear for part in parts if hasattr(part, "bilinear")), None)
-        if bilinear is None or not hasattr(routing, "momentum_features"):
+        routing = record.routing
+        parts = [] if record.router is None else list(record.router.modules())
+        bilinear = next((part.bilinear for part in parts if isinstance(part, HasBilinear)), None)
+        if not isinstance(routing, ContrastOutput) or bilinear is None:
             raise ValueError(
                 f"{record.site}: SamePairLoss needs a router that compares samples, such as "
                 "MomentumRouter"

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from moeroute.losses.masked import masked_mean, real_tokens_only
 from moeroute.ops.probs import softmax_probs
-from moeroute.types import RoutingRecord, ThresholdOutput
+from moeroute.outputs import ThresholdOutput
+from moeroute.types import RoutingRecord
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

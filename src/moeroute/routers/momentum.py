@@ -6,31 +6,19 @@ Axes: B samples, T tokens, H hidden, E experts, K slots per token.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from moeroute.ops.debug import check_router_logits
 from moeroute.ops.probs import softmax_probs
+from moeroute.outputs import ContrastOutput
 from moeroute.routers.fixed import fixed
 from moeroute.routers.mlp_score import MLPScore
 from moeroute.routers.samples import sample_means
 from moeroute.routers.select import Select, choose
 from moeroute.types import RouterInput, RouterOutput, RoutingRecord
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ContrastOutput(RouterOutput):
-    """A routing with what the router says of whole samples.
-
-    Attributes:
-        features: (B, E) in the logits' dtype, with a gradient.
-        momentum_features: (B, E) by the momentum score, without a gradient.
-    """
-
-    features: Tensor
-    momentum_features: Tensor
 
 
 class MomentumRouter(nn.Module):

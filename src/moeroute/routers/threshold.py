@@ -7,8 +7,9 @@ from torch import nn
 
 from moeroute.ops.debug import check_router_logits
 from moeroute.ops.probs import softmax_probs
+from moeroute.outputs import ThresholdOutput
 from moeroute.routers.scores import Score
-from moeroute.types import RouterInput, ThresholdOutput
+from moeroute.types import RouterInput
 
 
 class ThresholdRouter(nn.Module):
