@@ -29,7 +29,7 @@ from benchmarks.cases import OURS, Benchmark, Case, select_cases
 from benchmarks.floors import judge, rows_of
 from benchmarks.gpu_floors import judge_gpu
 from benchmarks.gpu_suite import gpu_cases
-from benchmarks.lora_floors import judge_lora
+from benchmarks.layer_floors import judge_layers
 from benchmarks.measure import Budget
 from benchmarks.options import fill, make_parser
 from benchmarks.plot import plot_throughput
@@ -217,7 +217,7 @@ def _report(
     most: Mapping[str, Ceiling],
 ) -> int:
     rows = rows_of(records)
-    verdicts = [*judge(records), *judge_lora(rows), *judge_gpu(rows, most)]
+    verdicts = [*judge(records), *judge_layers(rows), *judge_gpu(rows, most)]
     floor = limits(rows, most)
     print_report(console, records, made, verdicts, floor)
     if options.append:

@@ -1,12 +1,13 @@
 """Compare routers of a small MoE language model at equal active parameters.
 
     python examples/compare_routers.py                       # every arm, three seeds
-    python examples/compare_routers.py --arms switch,cosine --seeds 1
+    python examples/compare_routers.py --arms "linear, top 2;cosine, top 2" --seeds 1
 
 Every arm is the same model on the same rows in the same order; a token passes experts of the same
 width together, however many they are. Coupling is the ERC loss without noise, 0 where every expert
 answers most to its own row of the router; epsilon is how far rows lie apart, 0.71 where they are
-orthogonal. "Equifinality in Mixture of Experts" claims that variants of the router end within a
+orthogonal. Seeds differ more than routers, so each run is also compared with the linear router's of
+its seed. "Equifinality in Mixture of Experts" claims that variants of the router end within a
 perplexity point of each other, a linear one slightly ahead: the table says what is seen here.
 """
 
@@ -27,7 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from train_moe_lm import Outcome, Recipe, model_settings, slots, text_rows, train
 
-WIDTH = 110
+WIDTH = 116
+LINEAR = "linear, top 2"
 ROUTING = {
     "experts a token": "experts\na token",
     "load cv": "load CV",
@@ -58,7 +60,7 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
     {
         "dense": Arm(PLAIN),
         "switch, top 1": Arm("switch"),
-        "linear, top 2": Arm("switch", TOP_2),
+        LINEAR: Arm("switch", TOP_2),
         "linear, top 2, ERC": Arm("switch", TOP_2, {"ERCLoss": 1.0}),
         "cosine, top 2": Arm("cosine", TOP_2),
         "recurrent, top 2": Arm("rmoe", TOP_2),
@@ -130,26 +132,33 @@ def table_of(results: Mapping[str, list[dict[str, Any]]], options: argparse.Name
     runs = "1 seed" if options.seeds == 1 else f"{options.seeds} seeds"
     table = Table(title=f"{runs}, {options.steps} steps; mean +- half the range")
     table.add_column("")
-    for heading in ("parameters", "perplexity", "s / run", *ROUTING.values()):
+    for heading in ("parameters", "perplexity", "beyond\nlinear", "s / run", *ROUTING.values()):
         table.add_column(heading, justify="right")
     outcomes = {name: [Outcome(**run) for run in runs] for name, runs in results.items()}
     for name in sorted(outcomes, key=lambda name: mean(run.perplexity for run in outcomes[name])):
-        table.add_row(name, *cells_of(outcomes[name]))
+        table.add_row(name, *cells_of(outcomes[name], outcomes.get(LINEAR, [])))
     return table
 
 
-def cells_of(runs: list[Outcome]) -> list[str]:
+def cells_of(runs: list[Outcome], linear: list[Outcome]) -> list[str]:
     """Size, quality with its spread, cost, and what the router does."""
     values = [run.perplexity for run in runs]
+    beyond = [run.perplexity - other.perplexity for run, other in zip(runs, linear, strict=False)]
     cells = [
         f"{runs[0].parameters:,}",
-        f"{mean(values):.2f} +- {(max(values) - min(values)) / 2:.2f}",
+        spread_of(values),
+        spread_of(beyond) if beyond and runs is not linear else "-",
         f"{mean(run.seconds for run in runs):.0f}",
     ]
     for key in ROUTING:
         seen = [run.routing[key] for run in runs if key in run.routing]
         cells.append(f"{mean(seen):.2f}" if seen else "-")
     return cells
+
+
+def spread_of(values: list[float]) -> str:
+    """The mean, and half the range."""
+    return f"{mean(values):.2f} +- {(max(values) - min(values)) / 2:.2f}"
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ class MoELM(LlamaForCausalLM):
 
 def make_layers(config: MoELMConfig) -> list[nn.Module]:
     """The routed layers that stand for the feed-forward blocks."""
-    method: Any = moeroute.get_method(config.router)(**config.router_fields)
+    method: Any = method_of(config.router, config.router_fields)
     sizes = (config.hidden_size, config.num_experts)
     count = config.num_hidden_layers
     extra = tuple(
@@ -83,11 +83,6 @@ def make_layers(config: MoELMConfig) -> list[nn.Module]:
         for index, layer in enumerate(layers):
             charge(layer, index, extra)
         return layers
-    if not (hasattr(method, "router") or hasattr(method, "routers")):
-        raise ValueError(
-            f"router={config.router!r} is made for adapters, not for new layers; use one with a "
-            "router or a layer, such as switch, cosine, rmoe or null_experts"
-        )
     losses = (*method.losses(), *extra)
     return [
         MoELayer(
@@ -98,6 +93,22 @@ def make_layers(config: MoELMConfig) -> list[nn.Module]:
         )
         for index, router in enumerate(routers_of(method, sizes, count))
     ]
+
+
+def method_of(name: str, fields: dict[str, Any]) -> Any:
+    """A method by its registered name.
+
+    Raises:
+        ValueError: There is none, or it has no router or layer for a new model.
+        TypeError: It has no such field.
+    """
+    method: Any = moeroute.get_method(name)(**fields)
+    if not any(hasattr(method, part) for part in ("layer", "router", "routers")):
+        raise ValueError(
+            f"{name} is made for adapters, not for new layers; use one with a router or a layer, "
+            "such as switch, cosine, rmoe or null_experts"
+        )
+    return method
 
 
 def routers_of(method: Any, sizes: tuple[int, int], count: int) -> list[nn.Module]:

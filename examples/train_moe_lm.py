@@ -23,7 +23,7 @@ import torch
 from demo_model import BaseSettings, heldout_loss, pack, train_tokenizer, warm_cosine
 from demo_report import console, progress_bar
 from demo_text import standard_library_texts
-from moe_lm import PLAIN, MoELM, MoELMConfig
+from moe_lm import PLAIN, MoELM, MoELMConfig, method_of
 from torch import Tensor
 
 import moeroute
@@ -114,6 +114,10 @@ def parse() -> argparse.Namespace:
     if options.quick:
         options.hidden_size, options.layers, options.experts, options.steps = 32, 2, 4, 4
     options.losses = dict(read_loss(parser, text) for text in options.loss)
+    try:
+        slots(options.router, options.fields)
+    except (TypeError, ValueError) as error:
+        parser.error(f"--router {options.router}: {error}")
     return options
 
 
@@ -148,7 +152,7 @@ def slots(router: str, fields: dict[str, Any]) -> int:
     """The experts that a token passes; 2 for methods whose number is not fixed."""
     if router == PLAIN:
         return 1
-    method = moeroute.get_method(router)(**fields)
+    method: Any = method_of(router, fields)
     return (method.top_k if "top_k" in vars(method) else None) or 2
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.cases import AGAIN, OURS
 from benchmarks.floors import Verdict, judge, noise, rows_of
-from benchmarks.lora_floors import judge_lora
+from benchmarks.layer_floors import judge_layers
 from benchmarks.records import Record
 
 ROW = Record(
@@ -31,7 +31,8 @@ def verdicts(records: list[Record]) -> dict[str, Verdict]:
     words = ("definition", "mean", "1.10", "eager", "saved", "gated_lora")
     found = dict(zip(words, judge(records), strict=True))
     words = ("of plain LoRA", "of a loop", "rebuilt", "decode", "peft", "peft decode")
-    return found | dict(zip(words, judge_lora(rows_of(records)), strict=True))
+    words = (*words, "router")
+    return found | dict(zip(words, judge_layers(rows_of(records)), strict=True))
 
 
 def test_a_run_that_keeps_every_promise():
@@ -47,6 +48,7 @@ def test_a_run_that_keeps_every_promise():
         "decode": None,
         "peft": None,
         "peft decode": None,
+        "router": None,
     }
     assert "0.900 over 1 rows" in seen["mean"].line
     assert "20.0x" in seen["eager"].line
@@ -104,7 +106,7 @@ def test_the_mixture_has_no_slack_but_noise_is_told():
 
 def test_other_shapes_tell_nothing_about_the_promises():
     seen = verdicts([replace(record, shape_name="tiny") for record in row(grouped_mm=2.0)])
-    assert [verdict.kept for verdict in seen.values()] == [True] + [None] * 11
+    assert [verdict.kept for verdict in seen.values()] == [True] + [None] * 12
 
 
 @pytest.mark.parametrize(
@@ -128,6 +130,13 @@ def test_lora_on_experts_is_judged_against_rebuilt_stacks(
     seen = verdicts(kept + late)
     assert (seen[trained].kept, seen[decoded].kept) == (False, False)
     assert seen[trained].misses == (f"1.96x  {op} fwd_bwd E64k8-r16 T=16 fp32 uniform",)
+
+
+def test_a_router_is_judged_against_the_one_that_it_equals():
+    ours = replace(ROW, op="router", shape_name="mixtral-E64k8", tokens=4096)
+    theirs = replace(ours, provider="transformers", ours_over_it=1.2)
+    assert verdicts([ours, theirs])["router"].kept is True
+    assert verdicts([ours, replace(theirs, ours_over_it=1.4)])["router"].kept is False
 
 
 def test_who_raised_has_no_answer():

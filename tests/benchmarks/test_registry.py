@@ -20,6 +20,7 @@ SMALL = {
     "lora_mixture": ("E8k2r16",),
     "grouped_lora": ("tiny-r2", "tiny-r2a3"),
     "expert_lora": ("tiny-r2",),
+    "router": ("tiny-gate", "deepseek_v3-E64k8", "gpt_oss-E64k8"),
 }
 THREE = ("eager", "batched_mm", "grouped_mm")
 NEED_A_DEVICE = ("liger", "scattermoe")
@@ -96,6 +97,7 @@ def test_the_peers_are_those_of_the_promise():
         "lora_mixture": {"masked_loop"},
         "grouped_lora": {"rebuilt", "masked_loop"},
         "expert_lora": {"peft"},
+        "router": {"transformers"},
     }
 
 

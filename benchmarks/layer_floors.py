@@ -1,4 +1,4 @@
-"""What the library promises about LoRA: a whole mixture, and LoRA on the matrices of experts."""
+"""What the library promises about layers: mixtures of LoRA, LoRA on experts, routers."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from benchmarks.floors import Row, Verdict, all_above, all_within, noise
 from benchmarks.shapes import EXPERT_LORA_DECODE_SHAPE, EXPERT_LORA_FLOOR_CASES
 
-__all__ = ["judge_lora"]
+__all__ = ["judge_layers"]
 
 MIXTURE_OF_LORA = 1.3
 MIXTURE_OF_LOOP = 0.5
 REBUILT_SPEEDUP = 2.0
+ROUTER_OF_THEIRS = 1.3
 DECODE_SPEEDUP = 8.0
 
 
-def judge_lora(rows: Sequence[Row]) -> list[Verdict]:
-    """Judge the promises about LoRA.
+def judge_layers(rows: Sequence[Row]) -> list[Verdict]:
+    """Judge the promises about layers.
 
     Args:
         rows: Of one run.
@@ -25,7 +26,19 @@ def judge_lora(rows: Sequence[Row]) -> list[Verdict]:
         *_mixture(rows),
         *_expert_lora(rows, "grouped_lora", "rebuilt", "the rebuilt stack"),
         *_expert_lora(rows, "expert_lora", "peft", "PEFT's target_parameters"),
+        _router(rows),
     ]
+
+
+def _router(rows: Sequence[Row]) -> Verdict:
+    """Routers of our parts against those of transformers that they equal."""
+    ratios = {
+        row.label: ratio
+        for row in rows
+        if row.key[0] == "router" and (ratio := row.over("transformers")) is not None
+    }
+    words = f"router <= {ROUTER_OF_THEIRS:.2f} of transformers'"
+    return all_within(words, ratios, ROUTER_OF_THEIRS, noise(rows))
 
 
 def _mixture(rows: Sequence[Row]) -> list[Verdict]:
