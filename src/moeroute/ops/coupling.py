@@ -66,9 +66,9 @@ def coupling_loss(
         stretch = (2 * draw.to(rows) - 1) * specialization(rows).unsqueeze(1)
         rows = rows * (1 + stretch)
     with without_autocast(rows.device.type):
-        answers = torch.einsum("ih,jdh->ijd", rows, weights)
-    # norm with a gradient at 0
-    strength = answers.square().sum(-1).clamp(min=TINY).sqrt()  # (proxy, expert)
+        # one product; einsum copies both sides first
+        answers = (rows @ weights.flatten(0, 1).T).unflatten(1, weights.shape[:2])  # (E, E, D)
+    strength = torch.linalg.vector_norm(answers, dim=-1)  # (proxy, expert); its gradient at 0 is 0
     own = alpha * strength.diagonal()
     excess = torch.relu(strength - own.unsqueeze(1)) + torch.relu(strength - own.unsqueeze(0))
     alone = torch.eye(size, dtype=torch.bool, device=rows.device)
