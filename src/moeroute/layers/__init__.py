@@ -17,6 +17,7 @@ from moeroute.layers.lora_ffn import LoRAFeedForwardMixture as LoRAFeedForwardMi
 from moeroute.layers.lora_mixture import LoRAMixture as LoRAMixture
 from moeroute.layers.module_experts import ModuleExperts as ModuleExperts
 from moeroute.layers.moe import MoELayer as MoELayer
+from moeroute.layers.multi_hop import MultiHopLayer as MultiHopLayer
 from moeroute.layers.post_step import post_step as post_step
 from moeroute.layers.ragged_bank import RaggedLoRABank as RaggedLoRABank
 from moeroute.layers.routed_gate import RoutedGate as RoutedGate
@@ -40,6 +41,7 @@ __all__ = [
     "MLPExperts",
     "MoELayer",
     "ModuleExperts",
+    "MultiHopLayer",
     "RaggedLoRABank",
     "RoutedGate",
     "SharedDownLoRABank",
