@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from moeroute.integration.adapters.wrap import unwrap_model as unwrap_model
     from moeroute.integration.adapters.wrap import wrap_model as wrap_model
     from moeroute.integration.callback import RoutingCallback as RoutingCallback
+    from moeroute.integration.depth.force import force_depth as force_depth
     from moeroute.integration.doctor import doctor as doctor
     from moeroute.integration.policy_gradient_trainer import (
         PolicyGradientMixin as PolicyGradientMixin,
@@ -53,6 +54,7 @@ __all__ = [
     "accept_routing_inputs",
     "aux_losses",
     "doctor",
+    "force_depth",
     "get_method",
     "layers",
     "list_methods",
@@ -78,6 +80,7 @@ def __getattr__(name: str) -> Any:
         "RoutingCallback": "callback",
         "accept_routing_inputs": "adapters.inputs",
         "doctor": "doctor",
+        "force_depth": "depth.force",
         "mix_adapters": "adapters.mix",
         "routing_inputs": "adapters.inputs",
         "save_adapter": "adapters.files",

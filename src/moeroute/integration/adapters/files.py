@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from peft.utils import CONFIG_NAME
 
-from moeroute.integration.adapters.site_host import SITE_PREFIX
+from moeroute.integration.adapters.hosting import SITE_PREFIX
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.peft_types import register_peft_method
 from torch import nn
 
 from moeroute.integration.adapters.files import check_adapter_keys
+from moeroute.integration.adapters.hosting import SITE_PREFIX
 from moeroute.integration.adapters.root_hooks import connect, disconnect
-from moeroute.integration.adapters.site_host import MERGE_IS_UNDEFINED, SITE_PREFIX, SiteHost
+from moeroute.integration.adapters.site_host import MERGE_IS_UNDEFINED, SiteHost
 from moeroute.integration.adapters.sites import (
     check_feed_forward,
     check_targets,
@@ -22,6 +23,8 @@ from moeroute.integration.adapters.sites import (
     find_sites,
     warn_of_untouched_experts,
 )
+from moeroute.integration.depth.decoder_layers import check_depth, layer_facts
+from moeroute.integration.depth.host import attach, depth_hosts, detach
 from moeroute.methods.registry import build_method, method_fields, method_name
 from moeroute.types import Method
 from moeroute.version import __version__
@@ -103,11 +106,13 @@ class MoeRouteConfig(PeftConfig):
 class MoeRouteModel(BaseTuner):
     """The tuner: puts a `SiteHost` in the place of every target and hooks on the model's root.
 
+    A decoder layer stays in its place and gets a `DepthHost` beside it.
+
     Everything that can be wrong with the targets is found before the model is touched.
     """
 
     prefix = SITE_PREFIX
-    tuner_layer_cls = SiteHost
+    tuner_layer_cls = BaseTunerLayer
     target_module_mapping: dict[str, list[str]] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -132,6 +137,8 @@ class MoeRouteModel(BaseTuner):
     def unload(self) -> nn.Module:
         """The base model back, adapters and hooks dropped."""
         model = super().unload()
+        for layer, _ in depth_hosts(model):
+            detach(layer)
         disconnect(model)
         return model
 
@@ -140,7 +147,9 @@ class MoeRouteModel(BaseTuner):
         kind = config.build_method().site_kind
         if kind == "linear" and config.target_modules in (None, "all-linear"):
             warn_of_untouched_experts(self.model)
-        if config.target_modules is None:
+        if config.target_modules is None and kind == "decoder_layer":
+            config.target_modules = set(layer_facts(self.model))  # type: ignore[assignment]
+        elif config.target_modules is None:
             config.target_modules = default_targets(self.model, kind)  # type: ignore[assignment]
         elif config.target_modules == "all-linear" and kind == "linear":
             config.target_modules = {site.name for site in find_sites(self.model, kind)}  # type: ignore[assignment]
@@ -159,6 +168,9 @@ class MoeRouteModel(BaseTuner):
         )
         if method.site_kind == "mlp":
             check_feed_forward(sites)
+        if method.site_kind == "decoder_layer":
+            self._facts = layer_facts(model)
+            check_depth(model, [self._facts[site.name] for site in sites])
         shared = method.build_shared(sites)
         self._planned = {site.name: method.build(site, shared) for site in sites}
 
@@ -177,6 +189,10 @@ class MoeRouteModel(BaseTuner):
             raise ValueError(
                 f"the adapter's file names {current_key}, which target_modules do not match"
             )
+        if _own_config(peft_config).build_method().site_kind == "decoder_layer":
+            depth = attach(target, self._facts[current_key], connect(self.model))
+            depth.add(adapter_name, module, target)
+            return
         if isinstance(target, SiteHost):
             target.add(adapter_name, module)
             return
@@ -227,7 +243,7 @@ def _own_config(config: PeftConfig) -> MoeRouteConfig:
 def _inside_host(model: nn.Module, name: str) -> bool:
     parents = name.split(".")
     return any(
-        isinstance(model.get_submodule(".".join(parents[:depth])), SiteHost)
+        isinstance(model.get_submodule(".".join(parents[:depth])), BaseTunerLayer)
         for depth in range(1, len(parents))
     )
 

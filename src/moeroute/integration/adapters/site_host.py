@@ -8,10 +8,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from moeroute.layers.routed import is_routed_layer
+from moeroute.integration.adapters.hosting import (
+    SITE_PREFIX,
+    active_module,
+    add_module,
+    check_one_active,
+)
 from moeroute.routing_pass import RoutingPass
-
-SITE_PREFIX = "moeroute_site"
 
 
 class SiteHost(nn.Module, BaseTunerLayer):
@@ -40,19 +43,7 @@ class SiteHost(nn.Module, BaseTunerLayer):
 
     def add(self, adapter_name: str, module: nn.Module) -> None:
         """Host `module` under an adapter's name."""
-        for part in module.modules():
-            if is_routed_layer(part):
-                part.routing_pass = self.routing_pass
-        module.train(self.training)
-        self.moeroute_site[adapter_name] = module
-        exact = [
-            (owner, key, value)
-            for owner in module.modules()
-            for key, value in owner.named_buffers(recurse=False)
-        ]
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        for owner, key, value in exact:  # PEFT widens parameters again after this cast, not buffers
-            setattr(owner, key, value.to(owner.get_buffer(key).device))
+        add_module(self, adapter_name, module)
 
     def set_adapter(
         self,
@@ -64,23 +55,12 @@ class SiteHost(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: More than one of this site's adapters is named.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        here = [name for name in names if name in self.moeroute_site]
-        if len(here) > 1:
-            raise ValueError(
-                f"adapters {here} cannot be active together: each answers for the whole module. "
-                "Activate one with set_adapter(name)"
-            )
+        names = check_one_active(self, adapter_names)
         super().set_adapter(names, inference_mode=inference_mode)
 
     def active_module(self) -> nn.Module | None:
         """What answers here now; None if the base does."""
-        if self.disable_adapters:
-            return None
-        for name in self.active_adapters:
-            if name in self.moeroute_site:
-                return self.moeroute_site[name]
-        return None
+        return active_module(self)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Answer for the base module.

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from moeroute.integration.depth.decoder_layers import is_decoder_layer
 from moeroute.layers.lora_ffn import feed_forward
 from moeroute.types import Site, SiteKind
 
@@ -62,6 +63,8 @@ def make_site(model: nn.Module, name: str, module: nn.Module, kind: SiteKind) ->
     parts = mlp_parts(base) if kind == "mlp" else {}
     if parts is None:
         return None
+    if kind == "decoder_layer":
+        return _decoder_site(model, name, base)
     widths = {
         role: sizes
         for role, attribute in parts.items()
@@ -80,6 +83,21 @@ def make_site(model: nn.Module, name: str, module: nn.Module, kind: SiteKind) ->
         out_features=own[1],
         parts=parts,
         widths=widths,
+    )
+
+
+def _decoder_site(model: nn.Module, name: str, module: nn.Module) -> Site | None:
+    if not is_decoder_layer(model, name):
+        return None
+    config = model.config.get_text_config(decoder=True)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    return Site(
+        name=name,
+        kind="decoder_layer",
+        module=module,
+        layer_index=_layer_index(name),
+        num_layers=config.num_hidden_layers,
+        in_features=config.hidden_size,
+        out_features=config.hidden_size,
     )
 
 
@@ -244,4 +262,6 @@ def _describe_kind(kind: SiteKind) -> str:
     if kind == "mlp":
         known = "; ".join("/".join(parts.values()) for parts in MLP_PARTS)
         return f"a feed-forward block holds linears and an activation named as one of: {known}"
+    if kind == "decoder_layer":
+        return "a decoder layer stands in a list and takes hidden_states and a cache"
     return "a linear has in_features and out_features"

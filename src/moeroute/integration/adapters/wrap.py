@@ -12,6 +12,7 @@ from moeroute.integration.adapters.inputs import accept_routing_inputs
 from moeroute.integration.adapters.peft_method import MoeRouteConfig
 from moeroute.integration.adapters.root_hooks import disconnect
 from moeroute.integration.adapters.site_host import SiteHost
+from moeroute.integration.depth.host import DepthHost, depth_hosts, detach
 from moeroute.methods.registry import build_method, method_field_names
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: The model is not wrapped.
     """
-    if not any(isinstance(module, SiteHost) for module in model.modules()):
+    if not any(isinstance(module, SiteHost | DepthHost) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is not wrapped by moeroute; nothing to undo")
     if isinstance(model, PeftModel):
         return model.unload()
@@ -76,6 +77,8 @@ def unwrap_model(model: nn.Module) -> nn.Module:
         if isinstance(module, SiteHost):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.base_layer)
+    for layer, _ in depth_hosts(model):
+        detach(layer)
     disconnect(model)
     if hasattr(model, "peft_config"):
         del model.peft_config
