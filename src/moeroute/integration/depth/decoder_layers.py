@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from moeroute.integration.depth.adopt import SUPPORTED
 from moeroute.integration.depth.layer_answer import answers_in_tuple
-from moeroute.integration.depth.visit_slots import SUPPORTED
 
 CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
 

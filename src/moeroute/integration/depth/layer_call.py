@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moeroute.integration.depth.adopt import visit_slots
 from moeroute.integration.depth.arguments import of_rows
 from moeroute.integration.depth.token_run import run_tokens
-from moeroute.integration.depth.visit_slots import VisitSlots, visit_slots
+from moeroute.integration.depth.visit_slots import VisitSlots
 
 if TYPE_CHECKING:
     from collections.abc import Callable

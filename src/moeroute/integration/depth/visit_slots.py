@@ -15,21 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-)
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     Writer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-SUPPORTED = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
 class VisitSlots(CacheLayerMixin):
@@ -266,34 +257,6 @@ class VisitSlots(CacheLayerMixin):
 def rows_of(actions: tuple[int, ...], visit: int) -> tuple[int, ...]:
     """The sequences that make a visit, counted from 0."""
     return tuple(row for row, times in enumerate(actions) if times > visit)
-
-
-def visit_slots(cache: Cache, layer_idx: int) -> VisitSlots:
-    """The `VisitSlots` of a layer in a cache, put there on the first call.
-
-    Raises:
-        ValueError: The cache is of a kind that cannot hold visits, or was filled without them.
-    """
-    if cache.layer_class_to_replicate is not None:
-        while len(cache.layers) <= layer_idx:
-            cache.layers.append(cache.layer_class_to_replicate())
-    slot: Any = cache.layers[layer_idx]
-    if isinstance(slot, VisitSlots):
-        return slot
-    if type(slot) not in SUPPORTED or cache.offloading:
-        kind = "an offloaded cache" if cache.offloading else f"a cache of {type(slot).__name__}"
-        raise ValueError(
-            f"layer {layer_idx} has {kind}; depth routing knows dynamic, static and sliding-window "
-            "caches. Use DynamicCache(config=model.config), or use_cache=False"
-        )
-    slots = VisitSlots(slot)
-    if slot.is_initialized and slots.length():
-        raise ValueError(
-            f"the cache holds {slots.length()} tokens of layer {layer_idx} that ran without depth "
-            "routing; a decision for the whole generation cannot join in. Begin with a fresh cache"
-        )
-    cache.layers[layer_idx] = slots
-    return slots
 
 
 def _emptied(slot: Any) -> Any:
