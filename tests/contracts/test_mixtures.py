@@ -16,7 +16,11 @@ from moeroute.integration.adapters.site_host import SiteHost
 from moeroute.methods.registry import method_field_names
 from moeroute.routing_pass import SampleInputs
 
-METHODS = moeroute.list_methods()
+METHODS = [
+    name
+    for name in moeroute.list_methods()
+    if moeroute.get_method(name).site_kind != "decoder_layer"
+]
 
 RELOAD = """
 import sys

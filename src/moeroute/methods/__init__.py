@@ -2,6 +2,7 @@
 
 from moeroute.methods.adamole import AdaMoLE as AdaMoLE
 from moeroute.methods.arrow import Arrow as Arrow
+from moeroute.methods.dr_llm import DrLLM as DrLLM
 from moeroute.methods.dynmole import DynMoLE as DynMoLE
 from moeroute.methods.hydralora import HydraLoRA as HydraLoRA
 from moeroute.methods.loramoe import LoRAMoE as LoRAMoE
@@ -22,6 +23,7 @@ __all__ = [
     "PHATGOOSE",
     "AdaMoLE",
     "Arrow",
+    "DrLLM",
     "DynMoLE",
     "HydraLoRA",
     "LoRAMoE",

@@ -8,6 +8,7 @@ from typing import Any
 
 from moeroute.methods.adamole import AdaMoLE
 from moeroute.methods.arrow import Arrow
+from moeroute.methods.dr_llm import DrLLM
 from moeroute.methods.dynmole import DynMoLE
 from moeroute.methods.hydralora import HydraLoRA
 from moeroute.methods.loramoe import LoRAMoE
@@ -25,6 +26,7 @@ from moeroute.types import Method
 METHODS: dict[str, type[Method]] = {
     "adamole": AdaMoLE,
     "arrow": Arrow,
+    "dr_llm": DrLLM,
     "dynmole": DynMoLE,
     "hydralora": HydraLoRA,
     "loramoe": LoRAMoE,

@@ -9,8 +9,6 @@ from torch import nn
 from moeroute.layers.routed import is_routed_layer
 
 if TYPE_CHECKING:
-    import torch
-
     from moeroute.routing_pass import RoutingPass
 
 SITE_PREFIX = "moeroute_site"
@@ -33,35 +31,14 @@ class Host(Protocol):
         """The names of the active adapters."""
         ...
 
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None: ...
 
-
-def add_module(
-    host: Host, adapter_name: str, module: nn.Module, device: torch.device | None = None
-) -> None:
-    """Host `module` under an adapter's name.
-
-    Args:
-        host: Where.
-        adapter_name: The name.
-        module: What the method built; its routed layers get the host's pass.
-        device: Where its tensors go; None for the base layer's device.
-    """
+def add_module(host: Host, adapter_name: str, module: nn.Module) -> None:
+    """Host `module` under an adapter's name; its routed layers get the host's pass."""
     for part in module.modules():
         if is_routed_layer(part):
             part.routing_pass = host.routing_pass
     module.train(host.training)
     host.moeroute_site[adapter_name] = module
-    exact = [
-        (owner, key, value)
-        for owner in module.modules()
-        for key, value in owner.named_buffers(recurse=False)
-    ]
-    host._move_adapter_to_device_of_base_layer(adapter_name, device)
-    for owner, key, value in exact:  # PEFT widens parameters again after this cast, not buffers
-        setattr(owner, key, value.to(owner.get_buffer(key).device))
 
 
 def active_module(host: Host) -> nn.Module | None:

@@ -44,6 +44,14 @@ class SiteHost(nn.Module, BaseTunerLayer):
     def add(self, adapter_name: str, module: nn.Module) -> None:
         """Host `module` under an adapter's name."""
         add_module(self, adapter_name, module)
+        exact = [
+            (owner, key, value)
+            for owner in module.modules()
+            for key, value in owner.named_buffers(recurse=False)
+        ]
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        for owner, key, value in exact:  # PEFT widens parameters again after this cast, not buffers
+            setattr(owner, key, value.to(owner.get_buffer(key).device))
 
     def set_adapter(
         self,

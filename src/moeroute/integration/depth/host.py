@@ -59,7 +59,9 @@ class DepthHost(nn.Module, BaseTunerLayer):
     def add(self, adapter_name: str, module: nn.Module, layer: nn.Module) -> None:
         """Host `module` under an adapter's name, on the device of the decoder layer."""
         weight = next(layer.parameters(), None)
-        add_module(self, adapter_name, module, None if weight is None else weight.device)
+        if weight is not None and weight.device.type != "meta":
+            module.to(weight.device)
+        add_module(self, adapter_name, module)
 
     def set_adapter(
         self,
