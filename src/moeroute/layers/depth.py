@@ -124,9 +124,10 @@ class DepthLayer(nn.Module):
 
 def run_actions(hidden_states: Tensor, call: DecoderCall, actions: tuple[int, ...]) -> Tensor:
     """Apply a decoder layer to each of (B, S, H) sequences as often as (B,) actions say."""
-    for visit in range(max(actions, default=0)):
+    if not any(actions):  # also where there is no sequence
+        call.skip(hidden_states)
+        return hidden_states
+    for visit in range(max(actions)):
         rows = tuple(row for row, times in enumerate(actions) if times > visit)
         hidden_states = call.run_sequences(hidden_states, rows, visit)
-    if not any(actions):
-        call.skip(hidden_states)
     return hidden_states
