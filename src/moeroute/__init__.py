@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from moeroute.integration.callback import RoutingCallback as RoutingCallback
     from moeroute.integration.coupling import add_coupling_loss as add_coupling_loss
     from moeroute.integration.coupling import coupling_loss as coupling_loss
+    from moeroute.integration.depth.force import force_depth as force_depth
     from moeroute.integration.doctor import doctor as doctor
     from moeroute.integration.own_models import connect_layers as connect_layers
     from moeroute.integration.policy_gradient_trainer import (
@@ -63,6 +64,7 @@ __all__ = [
     "coupling_loss",
     "doctor",
     "fast_expert_lora",
+    "force_depth",
     "get_method",
     "layers",
     "list_methods",
@@ -95,6 +97,7 @@ def __getattr__(name: str) -> Any:
         "doctor": "doctor",
         "fast_expert_lora": "adapters.expert_lora",
         "merge": "adapters.merge",
+        "force_depth": "depth.force",
         "mix_adapters": "adapters.mix",
         "routing_inputs": "adapters.inputs",
         "save_adapter": "adapters.files",

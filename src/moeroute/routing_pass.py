@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,10 +37,14 @@ class SampleInputs:
     Attributes:
         task_ids: (B,) int64.
         embeddings: (B, D) floating.
+        prompt_lengths: (B,) int64, the real tokens that decisions about a sequence may look at.
+        depth_labels: (B, L) int64, how often each decoder layer is to run.
     """
 
     task_ids: Tensor | None = None
     embeddings: Tensor | None = None
+    prompt_lengths: Tensor | None = None
+    depth_labels: Tensor | None = None
 
 
 class RoutingPass:
@@ -57,6 +61,7 @@ class RoutingPass:
         self.token_ids: Tensor | None = None
         self.token_mask: Tensor | None = None
         self.samples = SampleInputs()
+        self.unsupervised: Tensor | None = None
         self.memory: Memory | None = None
         self.first_pass: Tensor | None = None
         self.rehearsing = False
@@ -76,6 +81,7 @@ class RoutingPass:
         token_mask: Tensor | None = None,
         batch_shape: tuple[int, int] | None = None,
         samples: SampleInputs | None = None,
+        unsupervised: Tensor | None = None,
         cache: Any = None,
         remembers: bool = False,
     ) -> None:
@@ -87,6 +93,7 @@ class RoutingPass:
             batch_shape: (B, S), for calls that have embeddings instead of ids.
             samples: What this call says of its samples; None takes what was announced for it, or
                 what stands for every call.
+            unsupervised: (B,) int64, the real tokens before the first label of each sequence.
             cache: The key-value cache that this call continues, or None.
             remembers: Whether sites may keep decisions for later calls with the same cache.
         """
@@ -106,6 +113,7 @@ class RoutingPass:
         self._batch_shape = batch_shape
         self.samples = samples or self._announced or self._standing
         self._announced = None
+        self.unsupervised = unsupervised
         self.memory = (self._remembered(cache) or {}) if remembers else None
         self.first_pass = None
         self.is_open = True
@@ -212,6 +220,7 @@ class RoutingPass:
             token_ids=_flat(self.token_ids, count),
             task_ids=_for_batch(self.samples.task_ids, shape[0]),
             sample_embeddings=_for_batch(self.samples.embeddings, shape[0]),
+            prompt_lengths=_for_batch(self._prompt_lengths(), shape[0]),
             memory=None if self.memory is None else self.memory.setdefault(site, {}),
             state=self._states.before(site, first_time=self.is_open) if self.rooted else None,
             first_pass=tokens.new_zeros(count, 0) if self.rehearsing else self.first_pass,
@@ -230,6 +239,15 @@ class RoutingPass:
         if self.rooted and self.is_open:
             self._states.latest = state
 
+    def depth_labels(self, layer_index: int, batch: int) -> Tensor | None:
+        """(B,) actions of one layer that were given for training, or None."""
+        labels = self.samples.depth_labels
+        return None if labels is None else _for_batch(labels, batch)[:, layer_index]
+
+    def _prompt_lengths(self) -> Tensor | None:
+        given = self.samples.prompt_lengths
+        return self.unsupervised if given is None else given
+
     def _sequence_shape(self, hidden_states: Tensor, count: int) -> tuple[int, int]:
         """(B, S) of the tokens; a layer that was handed them flat is told by the root's ids."""
         if hidden_states.ndim == 3:
@@ -238,14 +256,26 @@ class RoutingPass:
         return shape if shape is not None and shape[0] * shape[1] == count else (1, count)
 
 
+@overload
+def _for_batch(values: None, batch: int) -> None: ...
+
+
+@overload
+def _for_batch(values: Tensor, batch: int) -> Tensor: ...
+
+
+@overload
+def _for_batch(values: Tensor | None, batch: int) -> Tensor | None: ...
+
+
 def _for_batch(values: Tensor | None, batch: int) -> Tensor | None:
     """One row a sample: `generate` repeats each sample for its beams, in order."""
     if values is None or batch == values.shape[0]:
         return values
     if values.shape[0] == 0 or batch % values.shape[0]:
         raise ValueError(
-            f"task_ids or sample_embeddings speak of {values.shape[0]} samples but the batch has "
-            f"{batch}; give one row a sample"
+            f"task_ids or other routing inputs speak of {values.shape[0]} samples but the batch "
+            f"has {batch}; give one row a sample"
         )
     return values.repeat_interleave(batch // values.shape[0], dim=0)
 

@@ -27,6 +27,8 @@ class RouterInput:
         task_ids: (B,) int64, for task-level routing.
         sample_embeddings: (B, D) what the caller knows of each sample, such as the embedding of its
             instruction.
+        prompt_lengths: (B,) int64, the real tokens of each sequence that a decision about the
+            whole sequence may look at; None means all of them.
         memory: What this site keeps from the first call of a generation to the last; None where no
             cache is in use and in training.
         first_pass: (T, P) what a head read off a first pass of the whole model; P = 0 during that
@@ -40,6 +42,7 @@ class RouterInput:
     token_ids: Tensor | None = None
     task_ids: Tensor | None = None
     sample_embeddings: Tensor | None = None
+    prompt_lengths: Tensor | None = None
     memory: MutableMapping[str, Tensor] | None = None
     first_pass: Tensor | None = None
     state: Tensor | None = None
@@ -120,21 +123,6 @@ class DispatchPlan:
     slot_index: Tensor
     row_index: Tensor
     expert_offsets: Tensor
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DepthOutput:
-    """What a depth router says about one layer.
-
-    Attributes:
-        router_logits: (T, A) float32 over A actions (skip, run, repeat, ...).
-        num_executions: (T,) int64; equal within a sequence for sequence-level routers.
-        routing_weights: (T,) float32, multiplies the layer's update.
-    """
-
-    router_logits: Tensor
-    num_executions: Tensor
-    routing_weights: Tensor
 
 
 @runtime_checkable

@@ -90,7 +90,7 @@ def plain_name(name: str) -> str:
     """A module's name without what torch.compile and PEFT put around it."""
     name = name.replace("_orig_mod.", "").removeprefix("base_model.model.")
     name = name.split(".moeroute_site.")[0]
-    return ".".join(part for part in name.split(".") if part != "base_layer")
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", "depth_host"))
 
 
 def _readable(model: nn.Module) -> Iterator[Source]:

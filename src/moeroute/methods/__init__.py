@@ -5,6 +5,7 @@ from moeroute.methods.arrow import Arrow as Arrow
 from moeroute.methods.aux_free import AuxFree as AuxFree
 from moeroute.methods.blockffn import BlockFFN as BlockFFN
 from moeroute.methods.cosine import Cosine as Cosine
+from moeroute.methods.dr_llm import DrLLM as DrLLM
 from moeroute.methods.dynmole import DynMoLE as DynMoLE
 from moeroute.methods.ept import EPT as EPT
 from moeroute.methods.expert_choice import ExpertChoice as ExpertChoice
@@ -46,6 +47,7 @@ __all__ = [
     "AuxFree",
     "BlockFFN",
     "Cosine",
+    "DrLLM",
     "DynMoLE",
     "ExpertChoice",
     "GroupLimited",

@@ -11,6 +11,7 @@ from moeroute.methods.arrow import Arrow
 from moeroute.methods.aux_free import AuxFree
 from moeroute.methods.blockffn import BlockFFN
 from moeroute.methods.cosine import Cosine
+from moeroute.methods.dr_llm import DrLLM
 from moeroute.methods.dynmole import DynMoLE
 from moeroute.methods.ept import EPT
 from moeroute.methods.expert_choice import ExpertChoice
@@ -46,6 +47,7 @@ METHODS: dict[str, type[Method]] = {
     "aux_free": AuxFree,
     "blockffn": BlockFFN,
     "cosine": Cosine,
+    "dr_llm": DrLLM,
     "dynmole": DynMoLE,
     "ept": EPT,
     "expert_choice": ExpertChoice,

@@ -24,6 +24,8 @@ def routing_inputs(
     *,
     task_ids: Tensor | None = None,
     sample_embeddings: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
+    depth_labels: Tensor | None = None,
 ) -> Iterator[None]:
     """Tell routers about the samples of every call inside the block.
 
@@ -35,6 +37,9 @@ def routing_inputs(
         model: A wrapped model.
         task_ids: (B,) integers, for methods that route by task.
         sample_embeddings: (B, D), for methods that route by what the sample is about.
+        prompt_lengths: (B,) integers, the real tokens of each sequence that a decision about its
+            depth may look at; without them everything before the labels, or all there is.
+        depth_labels: (B, L) integers, how often each decoder layer is to run, for training.
 
     Raises:
         ValueError: The model holds no routed layer, or a tensor has another rank.
@@ -42,6 +47,8 @@ def routing_inputs(
     for name, value, ndim in (
         ("task_ids", task_ids, 1),
         ("sample_embeddings", sample_embeddings, 2),
+        ("prompt_lengths", prompt_lengths, 1),
+        ("depth_labels", depth_labels, 2),
     ):
         if value is not None and value.ndim != ndim:
             raise ValueError(
@@ -52,7 +59,12 @@ def routing_inputs(
         raise ValueError(
             f"{type(model).__name__} holds no routed layer; wrap it with moeroute.wrap_model first"
         )
-    samples = SampleInputs(task_ids=task_ids, embeddings=sample_embeddings)
+    samples = SampleInputs(
+        task_ids=task_ids,
+        embeddings=sample_embeddings,
+        prompt_lengths=prompt_lengths,
+        depth_labels=depth_labels,
+    )
     with ExitStack() as stack:
         for routing_pass in passes:
             stack.enter_context(routing_pass.standing(samples))
@@ -60,7 +72,7 @@ def routing_inputs(
 
 
 class TakeSamples:
-    """Forward pre-hook of a PeftModel, which drops `task_ids` on the way to its base model."""
+    """Forward pre-hook of a PeftModel, which drops such keywords on the way to its base model."""
 
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -25,6 +25,8 @@ from moeroute.integration.adapters.sites import (
     find_sites,
     warn_of_untouched_experts,
 )
+from moeroute.integration.depth import host as depth_host
+from moeroute.integration.depth.decoder_layers import check_depth, layer_facts
 from moeroute.layers.routed_gate import RoutedGate
 from moeroute.methods.registry import build_method, method_fields, method_name
 from moeroute.types import Method
@@ -56,6 +58,8 @@ def extend_peft_type(name: str) -> PeftType:
 
 
 MOEROUTE = extend_peft_type(METHOD_NAME.upper())
+
+HOSTS = (SiteHost, GateHost, depth_host.DepthHost)
 
 
 @dataclass
@@ -107,13 +111,14 @@ class MoeRouteConfig(PeftConfig):
 class MoeRouteModel(BaseTuner):
     """The tuner: a `SiteHost` in the place of every target, hooks on the model's root.
 
-    A gate stays where it is: it gets a `GateHost` as a submodule, and a hook that asks it.
+    A gate stays where it is: it gets a `GateHost` as a submodule, and a hook that asks it. A
+    decoder layer stays too, and gets a `DepthHost` beside it.
 
     Everything that can be wrong with the targets is found before the model is touched.
     """
 
     prefix = SITE_PREFIX
-    tuner_layer_cls = (SiteHost, GateHost)  # pyright: ignore[reportAssignmentType]
+    tuner_layer_cls = HOSTS  # pyright: ignore[reportAssignmentType]
     target_module_mapping: dict[str, list[str]] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -140,6 +145,8 @@ class MoeRouteModel(BaseTuner):
         for _, gate in hosted_gates(self.model):
             detach(gate)
         model = super().unload()
+        for layer, _ in depth_host.depth_hosts(model):
+            depth_host.detach(layer)
         disconnect(model)
         return model
 
@@ -148,7 +155,9 @@ class MoeRouteModel(BaseTuner):
         kind = config.build_method().site_kind
         if kind == "linear" and config.target_modules in (None, "all-linear"):
             warn_of_untouched_experts(self.model)
-        if config.target_modules is None:
+        if config.target_modules is None and kind == "decoder_layer":
+            config.target_modules = set(layer_facts(self.model))  # type: ignore[assignment]
+        elif config.target_modules is None:
             config.target_modules = default_targets(self.model, kind)  # type: ignore[assignment]
         elif config.target_modules == "all-linear" and kind == "linear":
             config.target_modules = {site.name for site in find_sites(self.model, kind)}  # type: ignore[assignment]
@@ -167,6 +176,9 @@ class MoeRouteModel(BaseTuner):
         )
         if method.site_kind == "mlp":
             check_feed_forward(sites)
+        if method.site_kind == "decoder_layer":
+            self._facts = layer_facts(model)
+            check_depth(model, [self._facts[site.name] for site in sites])
         shared = method.build_shared(sites)
         if head_of(shared) is not None:
             backbone_of(model)
@@ -190,6 +202,10 @@ class MoeRouteModel(BaseTuner):
         if isinstance(module, RoutedGate):
             host = attach(target, getattr(parent, "experts", None), connect(self.model))
             host.add(adapter_name, module, like=next(target.parameters()))
+            return
+        if _own_config(peft_config).build_method().site_kind == "decoder_layer":
+            depth = depth_host.attach(target, self._facts[current_key], connect(self.model))
+            depth.add(adapter_name, module, target)
             return
         if isinstance(target, SiteHost):
             target.add(adapter_name, module)
@@ -241,7 +257,7 @@ def _own_config(config: PeftConfig) -> MoeRouteConfig:
 def _inside_host(model: nn.Module, name: str) -> bool:
     parents = name.split(".")
     return any(
-        isinstance(model.get_submodule(".".join(parents[:depth])), (SiteHost, GateHost))
+        isinstance(model.get_submodule(".".join(parents[:depth])), HOSTS)
         for depth in range(1, len(parents))
     )
 

@@ -43,11 +43,13 @@ class OpenPass:
         samples = take_samples(kwargs)
         token_ids = kwargs.get("input_ids", args[0] if args else None)
         tokens = token_ids if token_ids is not None else kwargs.get("inputs_embeds")
+        mask = token_mask(kwargs.get("attention_mask"), tokens)
         self.routing_pass.begin(
             token_ids=token_ids if isinstance(token_ids, Tensor) else None,
-            token_mask=token_mask(kwargs.get("attention_mask"), tokens),
+            token_mask=mask,
             batch_shape=(tokens.shape[0], tokens.shape[1]) if isinstance(tokens, Tensor) else None,
             samples=samples,
+            unsupervised=tokens_before_labels(kwargs.get("labels"), mask),
             cache=kwargs.get("past_key_values"),
             remembers=not root.training,
         )
@@ -84,10 +86,14 @@ class ClosePass:
             )
         loss = read_loss(output)
         if loss is None:
-            return None
+            return None if self.routing_pass.samples.depth_labels is None else self._alone(output)
         total = total_loss(self.routing_pass.read()).total
         loss = loss - own_balance_term(root, output, records)
         return write_loss(output, loss + (total * loss_share(kwargs)).to(loss))
+
+    def _alone(self, output: Any) -> Any:
+        """The output with the auxiliary losses for its loss: depth labels are all there is."""
+        return write_loss(output, total_loss(self.routing_pass.read()).total)
 
 
 def own_balance_term(
@@ -157,12 +163,34 @@ def disconnect(root: nn.Module) -> None:
             with_kwargs.pop(key, None)
 
 
+SAMPLE_NAMES = {
+    "task_ids": "task_ids",
+    "sample_embeddings": "embeddings",
+    "prompt_lengths": "prompt_lengths",
+    "depth_labels": "depth_labels",
+}
+"""Keyword of a call -> field of `SampleInputs`."""
+
+
 def take_samples(kwargs: dict[str, Any]) -> SampleInputs | None:
-    """Take `task_ids` and `sample_embeddings` out of a call's keywords; None if it has neither."""
-    task_ids, embeddings = kwargs.pop("task_ids", None), kwargs.pop("sample_embeddings", None)
-    if task_ids is None and embeddings is None:
+    """Take what a call says of its samples out of its keywords; None if it says nothing."""
+    taken = {field: kwargs.pop(name, None) for name, field in SAMPLE_NAMES.items()}
+    if all(value is None for value in taken.values()):
         return None
-    return SampleInputs(task_ids=task_ids, embeddings=embeddings)
+    return SampleInputs(**taken)
+
+
+def tokens_before_labels(labels: Any, mask: Tensor | None) -> Tensor | None:
+    """(B,) real tokens before the first label of each sequence, all of them where it is the first.
+
+    What is to be predicted is no part of a prompt; a text that is all label is read whole.
+    """
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        return None
+    real = torch.ones_like(labels) if mask is None else mask.to(labels.dtype)
+    before = ((labels != IGNORE_INDEX).cumsum(1) == 0) & (real != 0)
+    lengths = before.sum(1)
+    return torch.where(lengths == 0, real.sum(1), lengths)
 
 
 def token_mask(attention_mask: Any, tokens: Tensor | None) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from moeroute.integration.depth.decoder_layers import is_decoder_layer
 from moeroute.integration.gate_families import GATES
 from moeroute.integration.gates import gate_form, gate_sizes, unknown_gates
 from moeroute.layers.lora_ffn import feed_forward
@@ -65,6 +66,8 @@ def make_site(model: nn.Module, name: str, module: nn.Module, kind: SiteKind) ->
     parts = mlp_parts(base) if kind == "mlp" else {}
     if parts is None:
         return None
+    if kind == "decoder_layer":
+        return _decoder_site(model, name, base)
     widths = {
         role: sizes
         for role, attribute in parts.items()
@@ -100,6 +103,21 @@ def _own_widths(
     if kind == "gate" and type(module).__name__ in GATES:
         return gate_sizes(module)[:2]
     return None
+
+
+def _decoder_site(model: nn.Module, name: str, module: nn.Module) -> Site | None:
+    if not is_decoder_layer(model, name):
+        return None
+    config = model.config.get_text_config(decoder=True)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    return Site(
+        name=name,
+        kind="decoder_layer",
+        module=module,
+        layer_index=_layer_index(name),
+        num_layers=config.num_hidden_layers,
+        in_features=config.hidden_size,
+        out_features=config.hidden_size,
+    )
 
 
 def find_sites(model: nn.Module, kind: SiteKind) -> list[Site]:
@@ -290,4 +308,6 @@ def _describe_kind(kind: SiteKind) -> str:
         return f"a feed-forward block holds linears and an activation named as one of: {known}"
     if kind == "gate":
         return f"a gate is one of {', '.join(sorted(GATES))}"
+    if kind == "decoder_layer":
+        return "a decoder layer stands in a list and takes hidden_states and a cache"
     return "a linear has in_features and out_features"

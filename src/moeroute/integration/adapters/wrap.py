@@ -14,11 +14,12 @@ from moeroute.integration.adapters.expert_lora import (
     is_fast_expert_lora,
     restore_expert_lora,
 )
-from moeroute.integration.adapters.gate_host import GateHost, detach, hosted_gates
+from moeroute.integration.adapters.gate_host import detach, hosted_gates
 from moeroute.integration.adapters.inputs import accept_routing_inputs
-from moeroute.integration.adapters.peft_method import MoeRouteConfig
+from moeroute.integration.adapters.peft_method import HOSTS, MoeRouteConfig
 from moeroute.integration.adapters.root_hooks import disconnect
 from moeroute.integration.adapters.site_host import SiteHost
+from moeroute.integration.depth import host as depth_host
 from moeroute.methods.registry import build_method, method_field_names
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     if is_fast_expert_lora(model) and isinstance(model, PeftModel):
         restore_expert_lora(model)
         return model.unload()
-    if not any(isinstance(module, (SiteHost, GateHost)) for module in model.modules()):
+    if not any(isinstance(module, HOSTS) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is not wrapped by moeroute; nothing to undo")
     if isinstance(model, PeftModel):
         return model.unload()
@@ -94,6 +95,8 @@ def unwrap_model(model: nn.Module) -> nn.Module:
         if isinstance(module, SiteHost):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.base_layer)
+    for layer, _ in depth_host.depth_hosts(model):
+        depth_host.detach(layer)
     disconnect(model)
     if hasattr(model, "peft_config"):
         del model.peft_config

@@ -1,0 +1,111 @@
+"""The words of depth routing: what routers of depth say, and what a decoder layer offers them.
+
+Axes: B batch, S sequence, H hidden, A actions. An action is the number of times that a layer is
+applied: 0 skips it, 1 runs it, 2 runs it twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+
+from moeroute.types import RoutingRecord
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moeroute.types import RouterInput
+
+KVPolicy = Literal["all", "kept"]
+"""What a token leaves in the cache of a layer that it skips.
+
+"all": the keys and values of its input there; later tokens attend to it as if it had run.
+"kept": nothing; later tokens do not see it in this layer.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DepthOutput:
+    """What a router says about one layer.
+
+    Attributes:
+        router_logits: (B, A) float32 for a decision a sequence, (B, S, A) for one a token.
+        num_executions: (B,) or (B, S) int64 in [0, A).
+        routing_weights: (B, S) floating, multiplies a token's update by the layer; None leaves it.
+    """
+
+    router_logits: Tensor
+    num_executions: Tensor
+    routing_weights: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check ranks and dtypes; nothing here reads device memory."""
+        if self.num_executions.dtype != torch.int64:
+            raise ValueError(f"num_executions is {self.num_executions.dtype}; use int64")
+        if self.router_logits.shape[:-1] != self.num_executions.shape:
+            raise ValueError(
+                f"router_logits {tuple(self.router_logits.shape)} and num_executions "
+                f"{tuple(self.num_executions.shape)} differ; logits have one axis more"
+            )
+
+
+class DepthRouter(Protocol):
+    """Anything that turns the input of a layer into a `DepthOutput`."""
+
+    num_actions: int
+
+    def __call__(self, router_input: RouterInput, /) -> DepthOutput:
+        """Decide on (T, H) tokens."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DepthRecord(RoutingRecord):
+    """What one decoder layer did; its routing has one slot a token and actions for experts.
+
+    A decision that was taken before, or forced, has logits of 0 for its action and -inf elsewhere.
+
+    Attributes:
+        depth: What the router said in this very call; None if it was not asked.
+        labels: (B,) int64 actions that were given for training, or None.
+    """
+
+    depth: DepthOutput | None = None
+    labels: Tensor | None = None
+
+
+class DecoderCall(Protocol):
+    """One call of a decoder layer: its host knows the mask, the positions and the cache."""
+
+    @property
+    def decided(self) -> tuple[int, ...] | None:
+        """(B,) actions that the cache of this call holds for the layer; None on the first call."""
+        ...
+
+    def decide(self, actions: tuple[int, ...], *, from_tokens: bool) -> None:
+        """Keep (B,) actions with the cache, if there is one.
+
+        Args:
+            actions: One number of executions a sequence.
+            from_tokens: Whether they follow from the tokens of this call.
+
+        Raises:
+            ValueError: The cache was filled under other actions.
+        """
+        ...
+
+    def run_sequences(self, hidden_states: Tensor, rows: tuple[int, ...], visit: int) -> Tensor:
+        """The (B, S, H) hidden states with the layer applied to some of the sequences."""
+        ...
+
+    def run_tokens(
+        self, hidden_states: Tensor, kept: Tensor, visit: int, policy: KVPolicy
+    ) -> Tensor:
+        """The (B, S, H) hidden states with the layer applied where the (B, S) mask `kept` is."""
+        ...
+
+    def skip(self, hidden_states: Tensor) -> None:
+        """Let the cache know that (B, S, H) tokens passed a layer that none of them ran."""
+        ...
