@@ -17,8 +17,6 @@ from moeroute.layers import MoELayer as MoELayer
 from moeroute.layers.policy_gradient import policy_gradient_loss as policy_gradient_loss
 from moeroute.layers.post_step import post_step as post_step
 from moeroute.layers.routed import aux_losses as aux_losses
-from moeroute.methods import MixLoRA as MixLoRA
-from moeroute.methods import MoLoRA as MoLoRA
 from moeroute.methods import get_method as get_method
 from moeroute.methods import list_methods as list_methods
 from moeroute.version import __version__ as __version__
@@ -49,9 +47,7 @@ if TYPE_CHECKING:
     from moeroute.integration.track import track_routing as track_routing
 
 __all__ = [
-    "MixLoRA",
     "MoELayer",
-    "MoLoRA",
     "MoeRouteConfig",
     "PolicyGradientMixin",
     "PostStepCallback",

@@ -18,9 +18,11 @@ from moeroute.methods.existing import LoRAExpert
 
 ADDED: Mapping[str, Any] = MappingProxyType({"num_experts": 4, "intermediate_size": 6})
 ADAPTERS = tuple(
-    name for name in moeroute.list_methods() if moeroute.get_method(name).site_kind != "gate"
+    name
+    for name in moeroute.list_methods()
+    if moeroute.get_method(name).site_kind not in ("gate", "decoder_layer")
 )
-"""The methods that add something to a dense model; those at gates have a suite of their own."""
+"""The methods that add something to a dense model; those at gates and layers have other suites."""
 SMALL: Mapping[str, Any] = MappingProxyType({"r": 3, "num_experts": 4})
 NUM_EXPERTS, RANK = 4, 3
 NUM_TASKS = 5

@@ -79,7 +79,7 @@ class DepthLayer(nn.Module):
         if depth.routing_weights is not None or depth.num_executions.ndim != 1:
             raise ValueError(
                 f"{type(self.router).__name__} answers token by token; DepthLayer needs one "
-                "decision a sequence, use TokenDepthLayer"
+                "decision a sequence"
             )
         labels = self._labels(hidden_states.shape[0], depth.router_logits.shape[-1])
         return depth, None if labels is None else labels.to(hidden_states.device)

@@ -9,6 +9,7 @@ from moeroute.losses.anchor import AnchorLoss as AnchorLoss
 from moeroute.losses.balance import BalanceLoss as BalanceLoss
 from moeroute.losses.chunk_sparsity import ChunkSparsityLoss as ChunkSparsityLoss
 from moeroute.losses.coupling import ERCLoss as ERCLoss
+from moeroute.losses.depth_focal import DepthFocalLoss as DepthFocalLoss
 from moeroute.losses.entropy import EntropyLoss as EntropyLoss
 from moeroute.losses.global_balance import GlobalBalanceLoss as GlobalBalanceLoss
 from moeroute.losses.importance import ImportanceLoss as ImportanceLoss
@@ -36,6 +37,7 @@ __all__ = [
     "AnchorLoss",
     "BalanceLoss",
     "ChunkSparsityLoss",
+    "DepthFocalLoss",
     "ERCLoss",
     "EntropyLoss",
     "GlobalBalanceLoss",

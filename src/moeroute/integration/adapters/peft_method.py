@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.peft_types import register_peft_method
 from torch import nn
 
+from moeroute.integration.adapters.feed_forward_check import check_feed_forward
 from moeroute.integration.adapters.files import check_adapter_keys
 from moeroute.integration.adapters.first_pass import backbone_of, connect_first_pass, head_of
 from moeroute.integration.adapters.gate_host import GateHost, attach, detach, hosted_gates
@@ -19,7 +20,6 @@ from moeroute.integration.adapters.hosting import MERGE_IS_UNDEFINED, SITE_PREFI
 from moeroute.integration.adapters.root_hooks import connect, disconnect
 from moeroute.integration.adapters.site_host import SiteHost
 from moeroute.integration.adapters.sites import (
-    check_feed_forward,
     check_targets,
     default_targets,
     find_sites,

@@ -7,7 +7,6 @@ import re
 import warnings
 from typing import TYPE_CHECKING
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedConfig
@@ -16,14 +15,12 @@ from transformers.pytorch_utils import Conv1D
 from moeroute.integration.depth.decoder_layers import is_decoder_layer
 from moeroute.integration.gate_families import GATES
 from moeroute.integration.gates import gate_form, gate_sizes, unknown_gates
-from moeroute.layers.lora_ffn import feed_forward
 from moeroute.types import Site, SiteKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
 
 NEAREST = 10
-TOLERANCE = 0.02
 STACK_NDIM = 3
 
 MLP_PARTS: tuple[dict[str, str], ...] = (
@@ -208,38 +205,6 @@ def check_targets(
     return sites
 
 
-def check_feed_forward(sites: Sequence[Site]) -> None:
-    """Make sure that a block's own forward is what its parts say, once a class.
-
-    Raises:
-        ValueError: A class does something else, so that a fresh mixture would not equal the base.
-    """
-    seen: set[type[nn.Module]] = set()
-    for site in sites:
-        weight = next(site.module.parameters(), None)
-        if type(site.module) in seen or weight is None or weight.device.type == "meta":
-            continue
-        seen.add(type(site.module))
-        _check_no_dropout(site)
-        dtype = weight.dtype if weight.is_floating_point() else torch.float32
-        probe = torch.linspace(-1, 1, 2 * site.in_features, device=weight.device, dtype=dtype)
-        probe = probe.view(1, 2, site.in_features)
-        was_training = site.module.training
-        site.module.train()  # it drops nothing; in eval some quantised linears repack their weights
-        with torch.no_grad():
-            expected, ours = site.module(probe), feed_forward(site.module, site.parts, probe)
-        site.module.train(was_training)
-        if (
-            not isinstance(expected, torch.Tensor)
-            or (expected - ours).norm() > TOLERANCE * expected.norm()
-        ):
-            raise ValueError(
-                f"{site.name}: {type(site.module).__name__} does not compute act(gate(x)) * up(x) "
-                "and down; a mixture over it would not start from the base model. Leave it out of "
-                "target_modules"
-            )
-
-
 def warn_of_untouched_experts(model: nn.Module) -> None:
     """Say that stacked experts stay as they are: they are no linears, and match no name."""
     stacks = [
@@ -255,15 +220,6 @@ def warn_of_untouched_experts(model: nn.Module) -> None:
             "peft.LoraConfig(target_parameters=[...]); name target_modules to silence this",
             stacklevel=2,
         )
-
-
-def _check_no_dropout(site: Site) -> None:
-    for name, module in site.module.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            raise ValueError(
-                f"{site.name}.{name} drops out with p={module.p} in training, which a mixture over "
-                "this block would skip; load the model with that dropout at 0"
-            )
 
 
 def _layer_index(name: str) -> int:
