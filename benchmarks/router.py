@@ -18,15 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import Benchmark, Bound, Case, Inputs, Pass, Provider, leaf
+from benchmarks.gate_shapes import GATE_NAMES, GATE_SHAPES, GATE_TOKENS, GateShape
 from benchmarks.shapes import (
     DTYPES,
-    GATE_NAMES,
-    GATE_SHAPES,
-    GATE_TOKENS,
     INPUT_SETS,
     ROTATE_BELOW_TOKENS,
     ROUTINGS,
-    GateShape,
 )
 from moeroute.integration.gates import equal_router
 from moeroute.types import RouterInput

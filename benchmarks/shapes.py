@@ -1,4 +1,4 @@
-"""Every size that a benchmark runs at, by name. No other file of this folder holds a size.
+"""Every size that a benchmark runs at, by name. Those of routers stand in `gate_shapes`.
 
 Axes: T tokens, H hidden, I intermediate, E experts, K slots per token.
 """
@@ -23,9 +23,6 @@ __all__ = [
     "EXPERT_LORA_SHAPES",
     "EXPERT_SHAPES",
     "FLOOR_SHAPES",
-    "GATE_NAMES",
-    "GATE_SHAPES",
-    "GATE_TOKENS",
     "GPU_TOKENS",
     "INPUT_SETS",
     "LORA_FLOOR_CASES",
@@ -37,7 +34,6 @@ __all__ = [
     "ROUTINGS",
     "ExpertLoRAShape",
     "ExpertShape",
-    "GateShape",
     "LoRAShape",
     "expert_shape",
     "make_routing",
@@ -249,37 +245,6 @@ GPU_EXPERT_LORA_NAMES = tuple(
 """LoRA on experts of `--suite gpu`."""
 GPU_EXPERT_LORA_TOKENS = (8192, 64)
 
-
-@dataclass(frozen=True, slots=True)
-class GateShape:
-    """A router of a checkpoint.
-
-    Attributes:
-        name: Stands in the tables and in results.csv.
-        family: Of transformers.
-        hidden_size: H.
-        num_experts: E.
-        top_k: K.
-    """
-
-    name: str
-    family: str
-    hidden_size: int = 2048
-    num_experts: int = 64
-    top_k: int = 8
-
-
-_GATE_SHAPES = tuple(
-    GateShape(f"{family}-E64k8", family)
-    for family in ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
-)
-GATE_SHAPES: Mapping[str, GateShape] = MappingProxyType(
-    {shape.name: shape for shape in (*_GATE_SHAPES, GateShape("tiny-gate", "mixtral", 32, 8, 2))}
-)
-"""Routers, by name."""
-GATE_NAMES = tuple(shape.name for shape in _GATE_SHAPES)
-"""Those that `make bench` times and judges."""
-GATE_TOKENS = (4096,)
 
 CEILING_SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
     {"cpu": (1536, 2**25), "cuda": (8192, 2**28)}
