@@ -7,8 +7,8 @@ repeats one layer once more. Who is visited next has the highest
 
 Source: Dr.LLM: Dynamic Layer Routing in LLMs, 2025, arXiv 2510.12773, section 3 and appendix.
 Differences from the paper: V is the parent's own number of visits (in the official code the number
-of the simulation); a budget on a path's length; and the order in which children are visited for the
-first time (our own reading): edits that did no harm elsewhere in the tree, then those that were
+of the simulation); a budget on a path's length; and the order in which children are visited for
+the first time (our own reading): edits that did no harm elsewhere in the tree, then those that were
 never tried, then the others; among them the shortest path first.
 """
 

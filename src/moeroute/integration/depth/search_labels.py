@@ -29,7 +29,7 @@ class DepthLabels:
     """What the search found.
 
     Attributes:
-        labels: (N, L) int64, how often each layer runs; 1 everywhere where nothing better was found.
+        labels: (N, L) int64, how often each layer runs; all 1 where nothing better was found.
         kept: (N,) bool, the questions that teach something: right where the plain model is wrong,
             or as right with fewer layers.
         rewards: (N,) float32 of the labels.

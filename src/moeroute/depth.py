@@ -1,0 +1,28 @@
+"""How deep a model is: fix it, search it, and what the search is made of.
+
+`moeroute.methods.DrLLM` learns what `search_labels` finds.
+"""
+
+from moeroute.integration.depth.answers import Question as Question
+from moeroute.integration.depth.answers import exact_match as exact_match
+from moeroute.integration.depth.answers import log_likelihood as log_likelihood
+from moeroute.integration.depth.answers import multiple_choice as multiple_choice
+from moeroute.integration.depth.force import force_depth as force_depth
+from moeroute.integration.depth.search_labels import DepthLabels as DepthLabels
+from moeroute.integration.depth.search_labels import search_labels as search_labels
+from moeroute.ops.layer_paths import count_actions as count_actions
+from moeroute.search import SearchSettings as SearchSettings
+from moeroute.search import search_path as search_path
+
+__all__ = [
+    "DepthLabels",
+    "Question",
+    "SearchSettings",
+    "count_actions",
+    "exact_match",
+    "force_depth",
+    "log_likelihood",
+    "multiple_choice",
+    "search_labels",
+    "search_path",
+]
