@@ -36,6 +36,7 @@ FIGURES = {
     "busiest": 8,
 }
 """Columns of figures and the width that each keeps on a narrow screen; only the bars are cut."""
+DEPTH_WIDTH = 56
 GAUGES = ("epsilon", "ERC")
 NOTHING = (
     "no token was sent to an expert inside the block: call the model before it ends. Layers of "
@@ -67,6 +68,8 @@ def routing_table(model_name: str, layers: Sequence[LayerStats], tracked: int) -
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", caption_justify="left"
     )
     table.title = f"Routing of {model_name}: {total_tokens(layers):,} tokens"
+    if layers and all(layer.executions is not None for layer in layers):
+        return fill_depth(table, layers)
     if not layers:
         table.add_column(f"{tracked} routed layers watched")
         table.add_row(NOTHING)
@@ -85,6 +88,26 @@ def routing_table(model_name: str, layers: Sequence[LayerStats], tracked: int) -
         table.add_section()
         table.add_row(*_mean_row(layers), *(_mean_gauges(layers) if gauged else ()))
     table.caption = _caption(layers, tracked, pattern)
+    return table
+
+
+def fill_depth(table: RoutingTable, layers: Sequence[LayerStats]) -> RoutingTable:
+    """One row a decoder layer: how many of the tokens skip it, run it, run it again."""
+    actions = max(layer.num_experts for layer in layers)
+    headings = ["skip", "run", "twice", *(f"{times} times" for times in range(3, actions))]
+    pattern, labels = layer_labels([layer.name for layer in layers])
+    table.min_width = DEPTH_WIDTH
+    table.add_column("layer", no_wrap=True)
+    for heading in (*headings[:actions], "runs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for label, layer in zip(labels, layers, strict=True):
+        shares = [f"{share:.0%}" for share in layer.load.tolist()]
+        shares += ["-"] * (actions - len(shares))
+        table.add_row(label, *shares, f"{layer.executions:.2f}")
+    table.add_section()
+    total = sum(layer.executions or 0.0 for layer in layers)
+    table.add_row("all", *[""] * actions, f"{total:.2f}")
+    table.caption = f"layers: {pattern}\nruns: executions a token; {len(layers)} without routing"
     return table
 
 
@@ -162,6 +185,8 @@ def _caption(layers: Sequence[LayerStats], tracked: int, pattern: str) -> str:
         notes.append(f"last row: mean, mean, largest, sum{means_too}")
     if any(layer.soft for layer in layers):
         notes.append("slots all: every token takes every expert; load is the share of weight")
+    if any(layer.executions is not None for layer in layers):
+        notes.append("decoder layers: experts are actions, 0 to skip, 1 to run, 2 to run twice")
     if any(layer.gauge for layer in layers):
         notes.append("epsilon 0.71: orthogonal router rows; ERC 0: experts know their own rows")
     if len(layers) < tracked:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moeroute.depth_types import DepthRecord
+from moeroute.integration.depth.host import depth_hosts
 from moeroute.integration.gates import hosts_by_experts
 from moeroute.integration.routing_sources import bind_arguments, find_sources, plain_name
 from moeroute.integration.statistics import RoutingStats
@@ -58,11 +60,13 @@ def track_routing(
     sources = find_sources(model)
     gates = hosts_by_experts(model)
     hosts = _names_by_router(model, gates)
-    if not hosts and not sources.readable:
+    depths = {host.facts.name: host.routing_pass for _, host in depth_hosts(model)}
+    hosted = set(hosts.values()) | {plain_name(name) for name in depths}
+    if not hosted and not sources.readable:
         raise ValueError(_nothing_to_track(model, sources))
     if sources.unreadable:
         warnings.warn(_unreadable(sources), stacklevel=3)
-    wanted = {*hosts.values(), *(source.name for source in sources.readable)}
+    wanted = {*hosted, *(source.name for source in sources.readable)}
     ordered = [name for name in map(plain_name, _module_names(model)) if name in wanted]
     names = list(dict.fromkeys([*ordered, *sorted(wanted)]))
     stats = RoutingStats(_class_name(model), names, coactivation=coactivation)
@@ -75,7 +79,7 @@ def track_routing(
             stack.callback(module.register_forward_hook(masks.pop, always_call=True).remove)
         for source in sources.readable:
             stack.callback(_watch(source, stats, masks, gates.get(id(source.module))))
-        for routing_pass in routing_passes(model):
+        for routing_pass in dict.fromkeys([*routing_passes(model), *depths.values()]):
             stack.enter_context(routing_pass.listening(_listener(stats, masks, hosts)))
         if _is_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -181,6 +185,7 @@ def _listener(
             routing.selected_experts,
             routing.routing_weights,
             mask,
+            is_depth=isinstance(record, DepthRecord),
         )
 
     return listen
