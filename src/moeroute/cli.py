@@ -1,4 +1,4 @@
-"""The command line: `moeroute methods | doctor | inspect | convert | bench`.
+"""The command line: `moeroute methods | doctor | inspect | depth | convert | bench`.
 
 What needs transformers, PEFT or matplotlib is imported inside the commands, so that help is quick.
 """
@@ -6,6 +6,7 @@ What needs transformers, PEFT or matplotlib is imported inside the commands, so 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -37,6 +38,8 @@ app = typer.Typer(
 )
 
 STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+LOSS_SHOWN = 50.0
+"""Loss from which its exponential is not told apart."""
 CLONE = (
     "the benchmarks are in the source repository, not in the installed package: clone it and run "
     "`make bench` there"
@@ -155,6 +158,45 @@ def inspect(
             origin = {"checkpoint": checkpoint, "adapter": adapter, "text": str(text)}
             json_file.write_text(json.dumps({**origin, **stats.to_dict()}, indent=1) + "\n")
             typer.echo(f"wrote {json_file}")
+
+
+@app.command()
+def depth(
+    checkpoint: Checkpoint,
+    *,
+    text: Annotated[
+        Path,
+        typer.Option(exists=True, dir_okay=False, readable=True, help="UTF-8 text to measure on."),
+    ],
+    skip: Annotated[
+        int | None, typer.Option(min=0, help="Layers to leave out at most; half by default.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens of the text to use, at most.")
+    ] = 4096,
+    length: Annotated[int, typer.Option(min=2, help="Tokens a sequence, at most.")] = 512,
+) -> None:
+    """Show what a text's loss costs with fewer layers, those of least influence left out first."""
+    with _user_errors():
+        from moeroute.integration.checkpoint import load_model, load_tokenizer, token_batches
+        from moeroute.integration.depth.curve import depth_curve
+
+        model = load_model(checkpoint, None).eval()
+        tokenizer = load_tokenizer(checkpoint)
+        batches = token_batches(model, tokenizer, text, max_tokens=max_tokens, length=length)
+        points = depth_curve(model, batches, most_skipped=skip)
+    table = Table(title=f"{Path(checkpoint).name} on {text.name}", title_justify="left")
+    for heading in ("layers", "loss, nats", "perplexity", "time", "left out"):
+        table.add_column(heading, justify="left" if heading == "left out" else "right")
+    for point in points:
+        table.add_row(
+            str(point.layers),
+            f"{point.loss:.4f}",
+            f"{math.exp(min(point.loss, LOSS_SHOWN)):.4g}",
+            f"{point.seconds / points[0].seconds:.2f}",
+            " ".join(map(str, point.skipped)),
+        )
+    Console().print(table)
 
 
 @app.command()

@@ -7,7 +7,10 @@ from moeroute.integration.depth.answers import Question as Question
 from moeroute.integration.depth.answers import exact_match as exact_match
 from moeroute.integration.depth.answers import log_likelihood as log_likelihood
 from moeroute.integration.depth.answers import multiple_choice as multiple_choice
+from moeroute.integration.depth.curve import DepthPoint as DepthPoint
+from moeroute.integration.depth.curve import depth_curve as depth_curve
 from moeroute.integration.depth.force import force_depth as force_depth
+from moeroute.integration.depth.influence import block_influence as block_influence
 from moeroute.integration.depth.search_labels import DepthLabels as DepthLabels
 from moeroute.integration.depth.search_labels import search_labels as search_labels
 from moeroute.ops.layer_paths import count_actions as count_actions
@@ -16,9 +19,12 @@ from moeroute.search import search_path as search_path
 
 __all__ = [
     "DepthLabels",
+    "DepthPoint",
     "Question",
     "SearchSettings",
+    "block_influence",
     "count_actions",
+    "depth_curve",
     "exact_match",
     "force_depth",
     "log_likelihood",

@@ -130,6 +130,8 @@ class RoutingStats:
     def plot(self, path: str | Path, *, title: str | None = None) -> None:
         """Draw load by layer and expert, relative to an even share, into a file.
 
+        Where depth alone is routed it is the share of tokens by layer and action.
+
         Args:
             path: Where to; the suffix chooses .png, .svg or .pdf. Missing folders are made.
             title: Shown above the map; by default the model's class and the number of tokens.
@@ -138,9 +140,15 @@ class RoutingStats:
             ImportError: matplotlib is missing; it says how to install it.
             ValueError: Nothing was routed, or the suffix is none of the three.
         """
+        from moeroute.integration.depth_plot import plot_depth
         from moeroute.integration.plot import plot_load
 
-        plot_load(self.layers, path, title=title or _plot_title(self.model_name, self.layers))
+        layers = self.layers
+        if layers and all(layer.executions is not None for layer in layers):
+            told = f"Depth of {self.model_name}, {total_tokens(layers):,} tokens"
+            plot_depth(layers, path, title=title or told)
+            return
+        plot_load(layers, path, title=title or _plot_title(self.model_name, layers))
 
     def __str__(self) -> str:
         """Show the summary as text."""

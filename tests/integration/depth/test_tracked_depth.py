@@ -39,6 +39,8 @@ def test_learned_depth_and_none_at_all(tmp_path):
     assert stats.layers_executed == 2 * LAYERS
     stats.plot(tmp_path / "depth.png")
     assert (tmp_path / "depth.png").stat().st_size > 0
-    with pytest.raises(ValueError, match="no routed layer that can be tracked"):
-        with moeroute.track_routing(tiny()):
-            pass
+    with (
+        pytest.raises(ValueError, match="no routed layer that can be tracked"),
+        moeroute.track_routing(tiny()),
+    ):
+        pass
