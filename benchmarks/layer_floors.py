@@ -13,6 +13,8 @@ MIXTURE_OF_LORA = 1.3
 MIXTURE_OF_LOOP = 0.5
 REBUILT_SPEEDUP = 2.0
 ROUTER_OF_THEIRS = 1.3
+HALF_OF_BASE = 0.60
+ALL_RUN_OF_BASE = 1.03
 DECODE_SPEEDUP = 8.0
 
 
@@ -27,6 +29,7 @@ def judge_layers(rows: Sequence[Row]) -> list[Verdict]:
         *_expert_lora(rows, "grouped_lora", "rebuilt", "the rebuilt stack"),
         *_expert_lora(rows, "expert_lora", "peft", "PEFT's target_parameters"),
         _router(rows),
+        *_depth(rows),
     ]
 
 
@@ -39,6 +42,26 @@ def _router(rows: Sequence[Row]) -> Verdict:
     }
     words = f"router <= {ROUTER_OF_THEIRS:.2f} of transformers'"
     return all_within(words, ratios, ROUTER_OF_THEIRS, noise(rows))
+
+
+def _depth(rows: Sequence[Row]) -> list[Verdict]:
+    """Decoders with half of their layers skipped, and with all of them run through our hosts."""
+    own = [row for row in rows if row.key[0] == "depth"]
+    promises = (("half", "half of the layers skipped", HALF_OF_BASE),)
+    promises += (("all", "all layers run", ALL_RUN_OF_BASE),)
+    return [
+        all_within(
+            f"depth, {words} <= {limit:.2f} of the base",
+            {
+                row.label: ratio
+                for row in own
+                if row.key[2].endswith(ending) and (ratio := row.over("base")) is not None
+            },
+            limit,
+            noise(rows),
+        )
+        for ending, words, limit in promises
+    ]
 
 
 def _mixture(rows: Sequence[Row]) -> list[Verdict]:

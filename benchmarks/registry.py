@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from benchmarks import expert_lora, gated_lora, grouped_lora, lora_mixture, routed_mlp, router
+from benchmarks import (
+    depth,
+    expert_lora,
+    gated_lora,
+    grouped_lora,
+    lora_mixture,
+    routed_mlp,
+    router,
+)
 from benchmarks.cases import Benchmark
 
 __all__ = ["BENCHMARKS"]
@@ -13,6 +21,14 @@ __all__ = ["BENCHMARKS"]
 BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
     {
         module.BENCHMARK.name: module.BENCHMARK
-        for module in (routed_mlp, gated_lora, lora_mixture, grouped_lora, expert_lora, router)
+        for module in (
+            routed_mlp,
+            gated_lora,
+            lora_mixture,
+            grouped_lora,
+            expert_lora,
+            router,
+            depth,
+        )
     }
 )

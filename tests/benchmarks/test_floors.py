@@ -31,7 +31,7 @@ def verdicts(records: list[Record]) -> dict[str, Verdict]:
     words = ("definition", "mean", "1.10", "eager", "saved", "gated_lora")
     found = dict(zip(words, judge(records), strict=True))
     words = ("of plain LoRA", "of a loop", "rebuilt", "decode", "peft", "peft decode")
-    words = (*words, "router")
+    words = (*words, "router", "half", "all")
     return found | dict(zip(words, judge_layers(rows_of(records)), strict=True))
 
 
@@ -49,6 +49,8 @@ def test_a_run_that_keeps_every_promise():
         "peft": None,
         "peft decode": None,
         "router": None,
+        "half": None,
+        "all": None,
     }
     assert "0.900 over 1 rows" in seen["mean"].line
     assert "20.0x" in seen["eager"].line
@@ -106,7 +108,7 @@ def test_the_mixture_has_no_slack_but_noise_is_told():
 
 def test_other_shapes_tell_nothing_about_the_promises():
     seen = verdicts([replace(record, shape_name="tiny") for record in row(grouped_mm=2.0)])
-    assert [verdict.kept for verdict in seen.values()] == [True] + [None] * 12
+    assert [verdict.kept for verdict in seen.values()] == [True] + [None] * 14
 
 
 @pytest.mark.parametrize(
@@ -137,6 +139,15 @@ def test_a_router_is_judged_against_the_one_that_it_equals():
     theirs = replace(ours, provider="transformers", ours_over_it=1.2)
     assert verdicts([ours, theirs])["router"].kept is True
     assert verdicts([ours, replace(theirs, ours_over_it=1.4)])["router"].kept is False
+
+
+def test_depth_is_judged_against_the_base():
+    ours = replace(ROW, op="depth", mode="fwd", shape_name="L12-half", tokens=1)
+    base = replace(ours, provider="base", ours_over_it=0.59)
+    seen = verdicts([ours, base])
+    assert (seen["half"].kept, seen["all"].kept) == (True, None)
+    whole = [replace(one, shape_name="L12-all") for one in (ours, base)]
+    assert verdicts([whole[0], replace(whole[1], ours_over_it=1.05)])["all"].kept is False
 
 
 def test_who_raised_has_no_answer():
