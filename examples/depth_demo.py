@@ -4,13 +4,15 @@
     python examples/depth_demo.py --quick    # a minute, to see that it runs
 
 A small decoder learns a task of graded depth (see depth_task.py) and real text. For each of some
-questions a search finds the shortest path through its layers that answers right; routers learn
-these paths. On held-out questions they are compared with the base, with skipping as many layers of
-each question at random, and with leaving out the layers of least influence (ShortGPT).
+questions a search finds the shortest path through its layers that is sure of the right answer;
+routers learn these paths. On held-out questions they are compared with the base, with skipping as
+many layers of each question at random, and with leaving out the layers of least influence
+(ShortGPT).
 """
 
 import argparse
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,13 +33,17 @@ from transformers import AutoModelForCausalLM
 import moeroute
 from moeroute.depth import (
     Question,
+    SearchSettings,
     block_influence,
     exact_match,
     force_depth,
+    log_likelihood,
     search_labels,
 )
 
-WIDTH = 110
+WIDTH = 118
+SURE = 0.5
+"""Probability of the right answer from which a path counts as right: some are right by luck."""
 DRAWS = 3
 """Random skipping is averaged over so many draws."""
 
@@ -80,7 +86,7 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--seeds", type=int, default=3, help="runs of everything (%(default)s)")
-    add("--questions", type=int, default=350, help="to search and train on (%(default)s)")
+    add("--questions", type=int, default=1000, help="to search and train on (%(default)s)")
     add("--heldout", type=int, default=100, help="of each level, to evaluate on (%(default)s)")
     add("--steps", type=int, default=TaskSettings.steps, help="of the decoder (%(default)s)")
     add("--out", type=Path, default=Path("runs/depth_demo"), help="where everything is written")
@@ -106,10 +112,13 @@ def run(seed: int, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     heldout = heldout_of(task, chance, set(asked_texts), options)
     _, text = text_rows(task)
     outcomes = {"base": Outcome(*judged(base, heldout, {}), heldout_loss(base, text))}
-    found = search_labels(base, asked, folder / "search", seed=seed)
+    settings = SearchSettings(solved=SURE)
+    found = search_labels(
+        base, asked, folder / "search", score=probability, settings=settings, seed=seed
+    )
     influence = block_influence(base, [without_answers(task.batch(asked_texts))])
 
-    recipe = RouterRecipe(seed=seed, epochs=2 if options.quick else 25)
+    recipe = RouterRecipe(seed=seed, epochs=2 if options.quick else 15)
     routed = train_routers(base, asked, found, recipe)
     routed.save_pretrained(folder / "adapter")
     actions = {question: decided(routed, question) for level in heldout for question in level}
@@ -123,6 +132,11 @@ def run(seed: int, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     outcomes["random, as many layers"] = at_random(plain, heldout, actions, seed)
     outcomes["static, least influence"] = static(plain, heldout, influence, learned.layers)
     return {name: asdict(outcome) for name, outcome in outcomes.items()}
+
+
+def probability(model: Any, question: Question) -> float:
+    """Of the right answer."""
+    return math.exp(log_likelihood(model, question))
 
 
 def heldout_of(

@@ -34,11 +34,13 @@ class DepthOutput:
         router_logits: (B, A) float32 for a decision a sequence, (B, S, A) for one a token.
         num_executions: (B,) or (B, S) int64 in [0, A).
         routing_weights: (B, S) floating, multiplies a token's update by the layer; None leaves it.
+        state: (T, S_r) handed to the next routed layer, or None.
     """
 
     router_logits: Tensor
     num_executions: Tensor
     routing_weights: Tensor | None = None
+    state: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check ranks and dtypes; nothing here reads device memory."""

@@ -16,6 +16,7 @@ from moeroute.losses.importance import ImportanceLoss as ImportanceLoss
 from moeroute.losses.kinds_balance import KindsBalanceLoss as KindsBalanceLoss
 from moeroute.losses.locality import LocalityLoss as LocalityLoss
 from moeroute.losses.localized_balance import LocalizedBalanceLoss as LocalizedBalanceLoss
+from moeroute.losses.membership import MembershipLoss as MembershipLoss
 from moeroute.losses.orthogonality import OrthogonalityLoss as OrthogonalityLoss
 from moeroute.losses.policy_gradient import rloo_surrogate as rloo_surrogate
 from moeroute.losses.preserve import PreserveLoss as PreserveLoss
@@ -46,6 +47,7 @@ __all__ = [
     "LocalityLoss",
     "LocalizedBalanceLoss",
     "LossReport",
+    "MembershipLoss",
     "Neighbors",
     "OrthogonalityLoss",
     "PreserveLoss",

@@ -17,9 +17,11 @@ from moeroute.methods.lora_mixer import LoRAMixer as LoRAMixer
 from moeroute.methods.loramoe import LoRAMoE as LoRAMoE
 from moeroute.methods.mhr import MHR as MHR
 from moeroute.methods.mixlora import MixLoRA as MixLoRA
+from moeroute.methods.mixture_of_depths import MixtureOfDepths as MixtureOfDepths
 from moeroute.methods.moelora import MOELoRA as MOELoRA
 from moeroute.methods.mola import MoLA as MoLA
 from moeroute.methods.molora import MoLoRA as MoLoRA
+from moeroute.methods.norm_halting import NormHalting as NormHalting
 from moeroute.methods.null_experts import NullExperts as NullExperts
 from moeroute.methods.phatgoose import PHATGOOSE as PHATGOOSE
 from moeroute.methods.poly import Poly as Poly
@@ -57,8 +59,10 @@ __all__ = [
     "LoRAMoE",
     "MOELoRA",
     "MixLoRA",
+    "MixtureOfDepths",
     "MoLA",
     "MoLoRA",
+    "NormHalting",
     "NullExperts",
     "Poly",
     "RMoE",

@@ -23,9 +23,11 @@ from moeroute.methods.lora_mixer import LoRAMixer
 from moeroute.methods.loramoe import LoRAMoE
 from moeroute.methods.mhr import MHR
 from moeroute.methods.mixlora import MixLoRA
+from moeroute.methods.mixture_of_depths import MixtureOfDepths
 from moeroute.methods.moelora import MOELoRA
 from moeroute.methods.mola import MoLA
 from moeroute.methods.molora import MoLoRA
+from moeroute.methods.norm_halting import NormHalting
 from moeroute.methods.null_experts import NullExperts
 from moeroute.methods.phatgoose import PHATGOOSE
 from moeroute.methods.poly import Poly
@@ -59,9 +61,11 @@ METHODS: dict[str, type[Method]] = {
     "loramoe": LoRAMoE,
     "mhr": MHR,
     "mixlora": MixLoRA,
+    "mixture_of_depths": MixtureOfDepths,
     "moelora": MOELoRA,
     "mola": MoLA,
     "molora": MoLoRA,
+    "norm_halting": NormHalting,
     "null_experts": NullExperts,
     "phatgoose": PHATGOOSE,
     "poly": Poly,
