@@ -206,6 +206,12 @@ def test_labels_of_another_model(labels, message):
         model(input_ids=ids, attention_mask=mask, depth_labels=labels)
 
 
+def test_labels_in_eval_mode_are_not_forgotten_without_a_word():
+    ids, mask = ragged("left")
+    with pytest.warns(UserWarning, match="the model is in eval mode"):
+        wrapped()(input_ids=ids, attention_mask=mask, depth_labels=torch.ones(3, 3).long())
+
+
 def test_nothing_to_decide_from():
     ids, mask = ragged("left", (7, 4))
     mask[1] = 0

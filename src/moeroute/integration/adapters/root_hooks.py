@@ -53,6 +53,12 @@ class OpenPass:
             cache=kwargs.get("past_key_values"),
             remembers=not root.training,
         )
+        if self.routing_pass.samples.depth_labels is not None and not root.training:
+            warnings.warn(
+                "depth_labels are executed and learned in training alone, but the model is in eval "
+                "mode: call model.train(), or use moeroute.force_depth to execute them",
+                stacklevel=2,
+            )
         return args, kwargs
 
 
