@@ -197,11 +197,24 @@ def at_random(
 
 
 def static(model: Any, heldout: Any, influence: torch.Tensor, layers: float) -> Outcome:
-    """All questions leave out the layers of least influence, as many as the routers skip."""
-    gone = influence.argsort()[: max(round(len(influence) - layers), 0)].tolist()
-    path = tuple(int(layer not in gone) for layer in range(len(influence)))
-    actions = {question: path for level in heldout for question in level}
-    return Outcome(*judged(model, heldout, actions))
+    """All questions leave out the layers of least influence, as many as the routers skip.
+
+    Between two whole numbers of layers the line through both, so that the cost is the same.
+    """
+    share = layers - math.floor(layers)
+    fewer, more = (
+        judged(model, heldout, pruned(heldout, influence, kept))
+        for kept in (math.floor(layers), math.ceil(layers))
+    )
+    mixed = [(1 - share) * low + share * high for low, high in zip(fewer[0], more[0], strict=True)]
+    return Outcome(mixed, (1 - share) * fewer[1] + share * more[1])
+
+
+def pruned(heldout: Any, influence: torch.Tensor, kept: int) -> dict[Question, tuple[int, ...]]:
+    """For every question the path of the `kept` layers of most influence."""
+    best = influence.argsort(descending=True)[:kept].tolist()
+    path = tuple(int(layer in best) for layer in range(len(influence)))
+    return {question: path for level in heldout for question in level}
 
 
 def table_of(results: Mapping[str, list[dict[str, Any]]]) -> Table:

@@ -166,7 +166,7 @@ class _Tree:
         return full or self.idle > self.settings.simulations or self._is_enough()
 
     def result(self) -> PathSearch:
-        """The shortest right path, by reward and then by few different layers among equals."""
+        """The shortest right path; of equals, that of the fewest different layers."""
         right = [path for path in self.rewards if self._is_right(path)]
         plain = self.rewards[self.root.path]
         best = min(right, key=self._rank, default=None)
@@ -179,8 +179,9 @@ class _Tree:
             rewards=self.rewards,
         )
 
-    def _rank(self, path: Path) -> tuple[int, float, int, Path]:
-        return len(path), -self.rewards[path], len(set(path)), path
+    @staticmethod
+    def _rank(path: Path) -> tuple[int, int, Path]:
+        return len(path), len(set(path)), path
 
     def _is_right(self, path: Path) -> bool:
         solved, budget = self.settings.solved, self.settings.budget
@@ -204,9 +205,7 @@ class _Tree:
             return self.chance.choice(node.children)
         fresh = [child for child in node.children if not child.visits]
         if fresh:
-            return max(
-                fresh, key=lambda child: (self.gains.get(child.edit, UNTRIED), -len(child.path))
-            )
+            return max(fresh, key=self._promise)
         return max(node.children, key=lambda child: self._value(child, node))
 
     def _promise(self, child: _Node) -> tuple[float, int]:
