@@ -10,6 +10,7 @@ from methods.beside import (
     record_of,
     site_at,
 )
+from methods.two_clusters import information_learned
 from torch import nn
 
 import moeroute
@@ -171,3 +172,9 @@ def test_bad_fields():
         ThresholdRouter(LinearScore(4, 3), LinearScore(4, 2), max_threshold=0.1)
     with pytest.raises(ValueError, match="would reward imbalance"):
         AdaMoLE(router_aux_loss_coef=-1.0)
+
+
+def test_a_router_tells_two_clusters_apart():
+    base, site = site_at()
+    mixture = AdaMoLE(r=2, num_experts=2, router_aux_loss_coef=0.5).build(site, None)
+    assert information_learned(base, mixture.double(), WIDTH, steps=600) > 0.9

@@ -1,7 +1,5 @@
 """DynMoLE against its equation, and the entropy that decides between few experts and all."""
 
-import math
-
 import pytest
 import torch
 from methods.beside import (
@@ -12,6 +10,7 @@ from methods.beside import (
     record_of,
     site_at,
 )
+from methods.two_clusters import information_learned
 from torch import nn
 
 import moeroute
@@ -155,30 +154,11 @@ def test_less_entropy_is_a_surer_router():
 
 
 def test_a_router_tells_two_clusters_apart():
-    """Each cluster has a linear map of its own; the router learns which expert fits which."""
-    torch.manual_seed(0)
     base, site = site_at()
     method = DynMoLE(
         r=2, num_experts=2, keep_top_k=1, entropy_loss_coef=0.05, router_aux_loss_coef=0.05
     )
-    mixture = method.build(site, None).double().train()
-    label = torch.arange(200) % 2
-    center = torch.zeros(2, WIDTH, dtype=torch.double)
-    center[0, 0], center[1, 0] = 3.0, -3.0
-    x = center[label] + 0.3 * torch.randn(200, WIDTH, dtype=torch.double)
-    maps = torch.randn(2, base.out_features, WIDTH, dtype=torch.double) / 2
-    target = base(x).detach() + torch.einsum("toi,ti->to", maps[label], x)
-    optimizer = torch.optim.Adam(mixture.parameters(), lr=0.02)
-    for _ in range(300):
-        optimizer.zero_grad()
-        error = (mixture(x, base) - target).square().mean()
-        (error + moeroute.aux_losses(mixture).total).backward()
-        optimizer.step()
-    probs = record_of(mixture.eval(), base, x).routing.router_logits.softmax(-1)
-    joint = torch.stack([probs[label == c].mean(0) / 2 for c in range(2)])
-    independent = joint.sum(0, keepdim=True) * joint.sum(1, keepdim=True)
-    information = torch.special.xlogy(joint, joint / independent).sum() / math.log(2)
-    assert information > 0.9
+    assert information_learned(base, method.build(site, None).double(), WIDTH) > 0.9
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """MixLoRA against its equation, expert by expert."""
 
 import torch
+from methods.two_clusters import information_learned
 from torch import nn
 from torch.nn import functional
 
@@ -103,3 +104,10 @@ def test_chosen_slots_count_top_k_times_the_tokens():
         mixture(torch.randn(3, 7, 6, dtype=torch.double), base)
     assert kept[0].routing.selected_experts.shape == (21, 2)
     assert torch.all(kept[0].routing.selected_experts < 4)
+
+
+def test_a_router_tells_two_clusters_apart():
+    base, _ = build(GatedBlock)
+    site = make_site(base, "mlp", base, "mlp")
+    method = MixLoRA(r=2, num_experts=2, top_k=1, router_aux_loss_coef=0.1)
+    assert information_learned(base, method.build(site, None).double(), 6, steps=600) > 0.9
