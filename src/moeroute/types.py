@@ -169,7 +169,7 @@ class RoutingRecord:
     """What one routed layer did in one forward pass.
 
     Attributes:
-        site: Full module name of the layer; the key of the record.
+        site: Full module name of the layer, its class where it has none; the key of the record.
         layer_index: Position in depth; -1 where the host has none.
         routing: The router's answer.
         token_mask: (T,) bool, False marks padding; None means all real.

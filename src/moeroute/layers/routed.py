@@ -57,7 +57,7 @@ def route(layer: RoutedLayer, hidden_states: Tensor, experts: nn.Module | None) 
     watching = stateful_parts(layer.router) if shown else []
     if watching or routing_pass.wants(charged=charged):
         record = RoutingRecord(
-            site=layer.site,
+            site=layer.site or type(layer).__name__,
             layer_index=layer.layer_index,
             routing=routing,
             token_mask=router_input.token_mask,
