@@ -186,7 +186,7 @@ def depth(
         batches = token_batches(model, tokenizer, text, max_tokens=max_tokens, length=length)
         points = depth_curve(model, batches, most_skipped=skip)
     table = Table(title=f"{Path(checkpoint).name} on {text.name}", title_justify="left")
-    for heading in ("layers", "loss, nats", "perplexity", "time", "left out"):
+    for heading in ("layers", "loss, nats", "perplexity", "time", "FLOPs", "left out"):
         table.add_column(heading, justify="left" if heading == "left out" else "right")
     for point in points:
         table.add_row(
@@ -194,6 +194,7 @@ def depth(
             f"{point.loss:.4f}",
             f"{math.exp(min(point.loss, LOSS_SHOWN)):.4g}",
             f"{point.seconds / points[0].seconds:.2f}",
+            f"{point.flops / points[0].flops:.2f}",
             " ".join(map(str, point.skipped)),
         )
     Console().print(table)

@@ -9,6 +9,9 @@ from moeroute.integration.depth.answers import log_likelihood as log_likelihood
 from moeroute.integration.depth.answers import multiple_choice as multiple_choice
 from moeroute.integration.depth.curve import DepthPoint as DepthPoint
 from moeroute.integration.depth.curve import depth_curve as depth_curve
+from moeroute.integration.depth.flops import FlopsSaved as FlopsSaved
+from moeroute.integration.depth.flops import executed_flops as executed_flops
+from moeroute.integration.depth.flops import flops_saved as flops_saved
 from moeroute.integration.depth.force import force_depth as force_depth
 from moeroute.integration.depth.influence import block_influence as block_influence
 from moeroute.integration.depth.search_labels import DepthLabels as DepthLabels
@@ -20,12 +23,15 @@ from moeroute.search import search_path as search_path
 __all__ = [
     "DepthLabels",
     "DepthPoint",
+    "FlopsSaved",
     "Question",
     "SearchSettings",
     "block_influence",
     "count_actions",
     "depth_curve",
     "exact_match",
+    "executed_flops",
+    "flops_saved",
     "force_depth",
     "log_likelihood",
     "multiple_choice",

@@ -25,6 +25,7 @@ def test_each_point_is_a_forced_depth():
     order = block_influence(model, [{"input_ids": ids} for ids in batches()]).argsort().tolist()
     assert [point.layers for point in points] == [3, 2, 1]
     assert [point.skipped for point in points] == [(), tuple(order[:1]), tuple(order[:2])]
+    assert points[0].flops > points[1].flops > points[2].flops
     for point in points:
         actions = [int(layer not in point.skipped) for layer in range(LAYERS)]
         total, count = 0.0, 0

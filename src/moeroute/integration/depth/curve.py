@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from moeroute.integration.depth.decoder_layers import layer_facts
+from moeroute.integration.depth.flops import executed_flops
 from moeroute.integration.depth.force import force_depth
 from moeroute.integration.depth.influence import block_influence
 
@@ -25,12 +26,14 @@ class DepthPoint:
         skipped: The layers left out, in the order in which they went.
         loss: Mean nats per predicted token.
         seconds: Of all forwards.
+        flops: Executed in the first batch's forward.
     """
 
     layers: int
     skipped: tuple[int, ...]
     loss: float
     seconds: float
+    flops: int
 
 
 def depth_curve(
@@ -63,9 +66,15 @@ def depth_curve(
             start = time.perf_counter()
             loss = _loss(model, batches)
             seconds = time.perf_counter() - start
-        skipped = tuple(order[:number])
+            flops = executed_flops(model, {"input_ids": batches[0].to(model.device)})
         points.append(
-            DepthPoint(layers=count - number, skipped=skipped, loss=loss, seconds=seconds)
+            DepthPoint(
+                layers=count - number,
+                skipped=tuple(order[:number]),
+                loss=loss,
+                seconds=seconds,
+                flops=flops,
+            )
         )
     return points
 
