@@ -163,6 +163,16 @@ def test_the_loss_is_focal_over_the_labelled_path():
         assert (parameter.grad is not None) == ("depth_host" in name)
 
 
+def test_a_tuple_without_a_loss_gets_one_in_front():
+    model = wrapped().train()
+    ids, mask = ragged("left")
+    inputs = {"input_ids": ids, "attention_mask": mask, "depth_labels": torch.ones(3, 3).long()}
+    expected = model(**inputs)
+    loss, logits, *_ = model(**inputs, return_dict=False)
+    assert torch.equal(loss, expected.loss)
+    assert torch.equal(logits, expected.logits)
+
+
 def test_training_learns_the_labels():
     model = wrapped(class_counts=(1, 1, 1)).train()
     ids, mask = ragged("left")

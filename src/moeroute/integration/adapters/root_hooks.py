@@ -98,8 +98,12 @@ class ClosePass:
         return write_loss(output, loss + (total * loss_share(kwargs)).to(loss))
 
     def _alone(self, output: Any) -> Any:
-        """The output with the auxiliary losses for its loss: depth labels are all there is."""
-        return write_loss(output, total_loss(self.routing_pass.read()).total)
+        """The output with the auxiliary losses for its loss: depth labels are all there is.
+
+        A tuple has had no loss in front.
+        """
+        total = total_loss(self.routing_pass.read()).total
+        return (total, *output) if isinstance(output, tuple) else write_loss(output, total)
 
 
 def own_balance_term(
