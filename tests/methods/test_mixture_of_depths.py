@@ -118,6 +118,16 @@ def test_a_batch_is_its_sequences_one_by_one():
             close(together[row : row + 1, real], alone, mask[row : row + 1, real])
 
 
+def test_a_cache_that_forced_depth_began_cannot_go_on_by_token():
+    model, cache = wrapped(), new_cache(tiny(), "dynamic")
+    ids, mask = ragged("left")
+    with torch.no_grad(), moeroute.force_depth(model, [1, 0, 1]):
+        model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+    longer, mask = grown(ids, mask, 1)
+    with pytest.raises(ValueError, match=r"filled with executions \[1, 1, 1\] of this layer"):
+        model(input_ids=longer[:, -1:], attention_mask=mask, past_key_values=cache)
+
+
 def test_skipped_tokens_are_not_computed():
     model = wrapped()
     ids, mask = ragged("left", (9,))

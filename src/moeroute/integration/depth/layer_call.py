@@ -74,7 +74,12 @@ class LayerCall:
     def run_tokens(
         self, hidden_states: Tensor, kept: Tensor, visit: int, policy: KVPolicy
     ) -> Tensor:
-        """Gather the tokens, run the layer on them alone, put them back."""
+        """Gather the tokens, run the layer on them alone, put them back.
+
+        Raises:
+            ValueError: The cache was filled under actions of whole sequences.
+        """
+        self._check_undecided()
         return run_tokens(self, hidden_states, kept, visit, policy)
 
     def skip(self, hidden_states: Tensor) -> None:
@@ -94,3 +99,10 @@ class LayerCall:
             slots.visit = visit
         self.answer = self.forward(hidden_states, **arguments)
         return self.answer[0] if isinstance(self.answer, tuple) else self.answer
+
+    def _check_undecided(self) -> None:
+        if self.decided is not None:
+            raise ValueError(
+                f"the cache was filled with executions {list(self.decided)} of this layer, which "
+                "hold to its end; it cannot go on token by token. Begin with a fresh cache"
+            )
