@@ -16,6 +16,7 @@ from moeroute.integration.depth.force import force_depth as force_depth
 from moeroute.integration.depth.influence import block_influence as block_influence
 from moeroute.integration.depth.search_labels import DepthLabels as DepthLabels
 from moeroute.integration.depth.search_labels import search_labels as search_labels
+from moeroute.integration.depth.train_only import train_only as train_only
 from moeroute.ops.layer_paths import count_actions as count_actions
 from moeroute.search import SearchSettings as SearchSettings
 from moeroute.search import search_path as search_path
@@ -37,4 +38,5 @@ __all__ = [
     "multiple_choice",
     "search_labels",
     "search_path",
+    "train_only",
 ]

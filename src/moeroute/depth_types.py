@@ -6,16 +6,16 @@ applied: 0 skips it, 1 runs it, 2 runs it twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from moeroute.types import RoutingRecord
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from moeroute.types import RouterInput
 
 KVPolicy = Literal["all", "kept"]
@@ -23,6 +23,15 @@ KVPolicy = Literal["all", "kept"]
 
 "all": the keys and values of its input there; later tokens attend to it as if it had run.
 "kept": nothing; later tokens do not see it in this layer.
+"""
+
+UnitName = Literal["attention", "feed_forward"]
+"""The two units of a decoder layer, each with a norm before it and a residual around it."""
+
+RunUnit = Callable[[Tensor | None], Tensor]
+"""Computes a unit for the tokens of a (B, S) bool mask, or for all of them if it is None.
+
+Answers (B, S, H), what the unit adds; what stands there for other tokens means nothing.
 """
 
 
@@ -72,10 +81,29 @@ class DepthRecord(RoutingRecord):
     Attributes:
         depth: What the router said in this very call; None if it was not asked.
         labels: (B,) int64 actions that were given for training, or None.
+        layer_share: The part of a decoder layer that this speaks of: 0.5 for one of its two units.
+        unit: What a unit was given and gave, for the losses of training; None where none asks.
     """
 
     depth: DepthOutput | None = None
     labels: Tensor | None = None
+    layer_share: float = 1.0
+    unit: UnitTrace | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitTrace:
+    """One unit of a decoder layer in one training forward that computed it for every token.
+
+    Attributes:
+        tokens: (B, S, H) its input, without a gradient.
+        executed: (B, S, H) its output, without a gradient.
+        forecast: (B, S, H) what a forecaster said of the output; None where no forecaster learns.
+    """
+
+    tokens: Tensor
+    executed: Tensor
+    forecast: Tensor | None = None
 
 
 class DecoderCall(Protocol):
@@ -110,4 +138,33 @@ class DecoderCall(Protocol):
 
     def skip(self, hidden_states: Tensor) -> None:
         """Let the cache know that (B, S, H) tokens passed a layer that none of them ran."""
+        ...
+
+    def run_units(self, hidden_states: Tensor) -> Tensor:
+        """The (B, S, H) hidden states with the layer run once, its units answered for.
+
+        The layer keeps its own norms and residuals; the `AnswersUnits` that stands beside it is
+        asked in the place of its two units.
+
+        Raises:
+            ValueError: The cache was filled under actions of whole sequences.
+        """
+        ...
+
+
+@runtime_checkable
+class AnswersUnits(Protocol):
+    """A module beside a decoder layer that answers for its units one by one."""
+
+    def answer_unit(self, unit: UnitName, tokens: Tensor, run: RunUnit, /) -> Tensor:
+        """What a unit adds to the residual stream, or something in its place.
+
+        Args:
+            unit: Which.
+            tokens: (B, S, H) the unit's input.
+            run: Computes the unit itself.
+
+        Returns:
+            (B, S, H).
+        """
         ...

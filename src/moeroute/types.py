@@ -227,7 +227,8 @@ class Site:
         num_layers: Decoder layers of the host, 0 if unknown.
         in_features: Width of the input (the hidden size for a gate, an MLP, a decoder layer).
         out_features: Width of the output; the number of experts for a gate.
-        parts: Role -> attribute name of submodules, for an MLP: "gate", "up", "down", "act".
+        parts: Role -> attribute name of submodules, for an MLP: "gate", "up", "down", "act"; for a
+            decoder layer: "attention", "feed_forward", empty where they cannot be told apart.
         widths: Role -> (in_features, out_features) of the linears in `parts`.
         gate: What the gate does; None for other kinds.
         hidden_size: Width of the states that the host ends in, 0 if unknown.

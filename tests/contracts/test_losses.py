@@ -22,8 +22,14 @@ from torch import nn
 from moeroute import losses
 from moeroute.routers import All, TopK, TopKSoftmax
 
-OF_DEPTH = {"DepthFocalLoss", "MembershipLoss"}
-"""Their records are of decoder layers: see tests of dr_llm and mixture_of_depths."""
+OF_DEPTH = {
+    "DepthFocalLoss",
+    "ForecastLoss",
+    "ForetoldChangeLoss",
+    "MembershipLoss",
+    "SparsityTargetLoss",
+}
+"""Their records are of decoder layers: see tests of dr_llm, mixture_of_depths, unit_losses."""
 every_loss = pytest.mark.parametrize("name", CASES)
 of_logits = pytest.mark.parametrize(
     "name", [name for name, case in CASES.items() if case.reads != "parameters"]

@@ -48,6 +48,8 @@ class LayerStats:
             the layer can be read.
         executions: How often a decoder layer ran, mean over tokens, where depth is routed: its
             "experts" are then actions, 0 to skip, 1 to run, 2 to run twice. None elsewhere.
+        layer_share: The part of a decoder layer that this is: 0.5 for one of its two units, where
+            depth is routed by unit.
     """
 
     name: str
@@ -64,6 +66,7 @@ class LayerStats:
     soft: bool
     gauge: CouplingGauge | None = None
     executions: float | None = None
+    layer_share: float = 1.0
 
     @property
     def num_experts(self) -> int:
@@ -94,6 +97,7 @@ class LayerStats:
             "soft": self.soft,
             "gauge": None if self.gauge is None else asdict(self.gauge),
             "executions": self.executions,
+            "layer_share": self.layer_share,
         }
 
 

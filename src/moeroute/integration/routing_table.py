@@ -105,9 +105,12 @@ def fill_depth(table: RoutingTable, layers: Sequence[LayerStats]) -> RoutingTabl
         shares += ["-"] * (actions - len(shares))
         table.add_row(label, *shares, f"{layer.executions:.2f}")
     table.add_section()
-    total = sum(layer.executions or 0.0 for layer in layers)
+    total = sum((layer.executions or 0.0) * layer.layer_share for layer in layers)
+    whole = sum(layer.layer_share for layer in layers)
     table.add_row("all", *[""] * actions, f"{total:.2f}")
-    table.caption = f"layers: {pattern}\nruns: executions a token; {len(layers)} without routing"
+    table.caption = f"layers: {pattern}\nruns: executions a token; {whole:g} without routing"
+    if whole < len(layers):
+        table.caption += "; a unit is half a layer"
     return table
 
 

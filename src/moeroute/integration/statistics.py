@@ -41,7 +41,7 @@ class RoutingStats:
         self.paused = False
         self.gauges: Callable[[], Mapping[str, CouplingGauge]] = dict
         self._coactivation = coactivation
-        self._of_depth: set[str] = set()
+        self._of_depth: dict[str, float] = {}
 
     def add(
         self,
@@ -51,7 +51,7 @@ class RoutingStats:
         weights: Tensor,
         token_mask: Tensor | None = None,
         *,
-        is_depth: bool = False,
+        layer_share: float | None = None,
     ) -> None:
         """Add one call of a layer, without waiting for the device; nothing while `paused`.
 
@@ -61,12 +61,13 @@ class RoutingStats:
             ids: (T, K) integers; anything outside [0, E) is an empty slot.
             weights: (T, K), any floating dtype.
             token_mask: (T,) bool, False marks padding; None counts every token.
-            is_depth: Whether the experts are actions of a decoder layer.
+            layer_share: Where the experts are actions of a decoder layer, the part of it that they
+                speak of; else None.
         """
         if self.paused:
             return
-        if is_depth:
-            self._of_depth.add(name)
+        if layer_share is not None:
+            self._of_depth[name] = layer_share
         with torch.inference_mode(False), torch.no_grad():
             tally = self.tallies.get(name)
             if tally is not None and tally.counts.shape[0] != num_experts:
@@ -92,14 +93,22 @@ class RoutingStats:
                 self.tallies[name].read(name),
                 gauge=gauges.get(block_of(name)),
                 executions=self._executions(name),
+                layer_share=self._of_depth.get(name, 1.0),
             )
             for name in ordered
         )
 
     @property
     def layers_executed(self) -> float | None:
-        """Runs of decoder layers a token, summed over layers; None where no depth is routed."""
-        runs = [layer.executions for layer in self.layers if layer.executions is not None]
+        """Runs of decoder layers a token, summed over layers; None where no depth is routed.
+
+        A run of one of a layer's two units counts half.
+        """
+        runs = [
+            layer.executions * layer.layer_share
+            for layer in self.layers
+            if layer.executions is not None
+        ]
         return sum(runs) if runs else None
 
     def _executions(self, name: str) -> float | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moeroute.depth_types import DepthRecord
+from moeroute.integration.depth.decoder_layers import HOST
 from moeroute.integration.depth.host import depth_hosts
 from moeroute.integration.gates import hosts_by_experts
 from moeroute.integration.routing_sources import bind_arguments, find_sources, plain_name
@@ -157,11 +158,13 @@ def _watch(
 def _names_by_router(model: nn.Module, gates: dict[int, nn.Module]) -> dict[int, str]:
     """Layer names by the identity of their routers; the class stands for a layer that is root.
 
-    A router at a checkpoint's gate has the name of the experts, as without it.
+    A router at a checkpoint's gate has the name of the experts, as without it; one of a decoder
+    layer that of the layer, or of its unit.
     """
     names: dict[int, str] = {}
     for name, layer in routed_layers(model):
-        names[id(layer.router)] = plain_name(name) or type(layer).__name__
+        place = layer.site if f".{HOST}." in name else name
+        names[id(layer.router)] = plain_name(place) or type(layer).__name__
     for name, module in model.named_modules():
         if id(module) in gates:
             for _, layer in routed_layers(gates[id(module)]):
@@ -185,7 +188,7 @@ def _listener(
             routing.selected_experts,
             routing.routing_weights,
             mask,
-            is_depth=isinstance(record, DepthRecord),
+            layer_share=record.layer_share if isinstance(record, DepthRecord) else None,
         )
 
     return listen

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from moeroute.depth_types import DepthRecord
 from moeroute.layers.post_step import in_backward, stateful_parts
 from moeroute.losses.total import LossReport, total_loss
 from moeroute.routers.collect import is_router_host
@@ -135,13 +136,24 @@ def aux_losses(model: nn.Module) -> LossReport:
 
 
 def losses_lost_their_graph(records: tuple[RoutingRecord, ...]) -> bool:
-    """True if a trainable router's logits carry no gradient: reentrant activation checkpointing."""
+    """True if a trainable router's logits carry no gradient: reentrant activation checkpointing.
+
+    So it is where a forecaster learns and what it said carries none.
+    """
     if not torch.is_grad_enabled():
         return False
     return any(
-        record.losses
-        and record.router is not None
-        and not record.routing.router_logits.requires_grad
-        and any(parameter.requires_grad for parameter in record.router.parameters())
+        _forecast_without_graph(record)
+        or (
+            record.losses
+            and record.router is not None
+            and not record.routing.router_logits.requires_grad
+            and any(parameter.requires_grad for parameter in record.router.parameters())
+        )
         for record in records
     )
+
+
+def _forecast_without_graph(record: RoutingRecord) -> bool:
+    unit = record.unit if isinstance(record, DepthRecord) else None
+    return unit is not None and unit.forecast is not None and not unit.forecast.requires_grad

@@ -11,6 +11,7 @@ from moeroute.losses.chunk_sparsity import ChunkSparsityLoss as ChunkSparsityLos
 from moeroute.losses.coupling import ERCLoss as ERCLoss
 from moeroute.losses.depth_focal import DepthFocalLoss as DepthFocalLoss
 from moeroute.losses.entropy import EntropyLoss as EntropyLoss
+from moeroute.losses.forecast import ForecastLoss as ForecastLoss
 from moeroute.losses.global_balance import GlobalBalanceLoss as GlobalBalanceLoss
 from moeroute.losses.importance import ImportanceLoss as ImportanceLoss
 from moeroute.losses.kinds_balance import KindsBalanceLoss as KindsBalanceLoss
@@ -28,6 +29,8 @@ from moeroute.losses.task_contrast import TaskContrastLoss as TaskContrastLoss
 from moeroute.losses.threshold_balance import ThresholdBalanceLoss as ThresholdBalanceLoss
 from moeroute.losses.total import LossReport as LossReport
 from moeroute.losses.total import total_loss as total_loss
+from moeroute.losses.unit_gates import ForetoldChangeLoss as ForetoldChangeLoss
+from moeroute.losses.unit_gates import SparsityTargetLoss as SparsityTargetLoss
 from moeroute.losses.variance import VarianceLoss as VarianceLoss
 from moeroute.losses.weight_balance import WeightBalanceLoss as WeightBalanceLoss
 from moeroute.losses.z import ZLoss as ZLoss
@@ -41,6 +44,8 @@ __all__ = [
     "DepthFocalLoss",
     "ERCLoss",
     "EntropyLoss",
+    "ForecastLoss",
+    "ForetoldChangeLoss",
     "GlobalBalanceLoss",
     "ImportanceLoss",
     "KindsBalanceLoss",
@@ -55,6 +60,7 @@ __all__ = [
     "SamePairLoss",
     "SequenceBalanceLoss",
     "SoftBalanceLoss",
+    "SparsityTargetLoss",
     "TaskContrastLoss",
     "ThresholdBalanceLoss",
     "VarianceLoss",

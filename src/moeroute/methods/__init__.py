@@ -13,6 +13,7 @@ from moeroute.methods.glider import GLIDER as GLIDER
 from moeroute.methods.group_limited import GroupLimited as GroupLimited
 from moeroute.methods.hash_layers import HashLayers as HashLayers
 from moeroute.methods.hydralora import HydraLoRA as HydraLoRA
+from moeroute.methods.informed_routing import InformedRouting as InformedRouting
 from moeroute.methods.lora_mixer import LoRAMixer as LoRAMixer
 from moeroute.methods.loramoe import LoRAMoE as LoRAMoE
 from moeroute.methods.mhr import MHR as MHR
@@ -55,6 +56,7 @@ __all__ = [
     "GroupLimited",
     "HashLayers",
     "HydraLoRA",
+    "InformedRouting",
     "LoRAMixer",
     "LoRAMoE",
     "MOELoRA",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from moeroute.types import Site
 
 
 class AdapterFields(Protocol):
@@ -122,3 +125,15 @@ def load_tasks(method: TaskFields) -> None:
         )
     object.__setattr__(method, "task_names", names)
     object.__setattr__(method, "num_tasks", len(names) or method.num_tasks)
+
+
+def check_units(method: object, site: Site) -> None:
+    """Raise ValueError unless attention and feed-forward of a decoder layer can be told apart."""
+    if site.parts:
+        return
+    raise ValueError(
+        f"{type(method).__name__}: {site.name} ({type(site.module).__name__}) has no two units "
+        "that can be told apart: one child whose forward takes hidden_states and a cache (the "
+        "attention), and one other child with matrices that takes tokens alone and answers with "
+        "them (the feed-forward). Leave this layer out of target_modules"
+    )

@@ -19,6 +19,7 @@ from moeroute.methods.glider import GLIDER
 from moeroute.methods.group_limited import GroupLimited
 from moeroute.methods.hash_layers import HashLayers
 from moeroute.methods.hydralora import HydraLoRA
+from moeroute.methods.informed_routing import InformedRouting
 from moeroute.methods.lora_mixer import LoRAMixer
 from moeroute.methods.loramoe import LoRAMoE
 from moeroute.methods.mhr import MHR
@@ -57,6 +58,7 @@ METHODS: dict[str, type[Method]] = {
     "group_limited": GroupLimited,
     "hash_layers": HashLayers,
     "hydralora": HydraLoRA,
+    "informed_routing": InformedRouting,
     "lora_mixer": LoRAMixer,
     "loramoe": LoRAMoE,
     "mhr": MHR,

@@ -19,6 +19,7 @@ from moeroute.integration.adapters.first_pass import KeepFirstCache, RunFirstPas
 from moeroute.integration.gates import HOST_NAME
 from moeroute.layers.routed import losses_lost_their_graph
 from moeroute.losses.balance import BalanceLoss
+from moeroute.losses.forecast import ForecastLoss
 from moeroute.losses.global_balance import GlobalBalanceLoss
 from moeroute.losses.sequence_balance import SequenceBalanceLoss
 from moeroute.losses.total import total_loss
@@ -92,16 +93,19 @@ class ClosePass:
             )
         loss = read_loss(output)
         if loss is None:
-            return None if self.routing_pass.samples.depth_labels is None else self._alone(output)
+            return self._alone(output) if self._is_all_there_is(records) else None
         total = total_loss(self.routing_pass.read()).total
         loss = loss - own_balance_term(root, output, records)
         return write_loss(output, loss + (total * loss_share(kwargs)).to(loss))
 
-    def _alone(self, output: Any) -> Any:
-        """The output with the auxiliary losses for its loss: depth labels are all there is.
+    def _is_all_there_is(self, records: tuple[RoutingRecord, ...]) -> bool:
+        """True if nothing is learnt but depth labels, or what units of layers answer."""
+        if self.routing_pass.samples.depth_labels is not None:
+            return True
+        return all(isinstance(loss, ForecastLoss) for record in records for loss in record.losses)
 
-        A tuple has had no loss in front.
-        """
+    def _alone(self, output: Any) -> Any:
+        """The output with the auxiliary losses for its loss; a tuple has had none in front."""
         total = total_loss(self.routing_pass.read()).total
         return (total, *output) if isinstance(output, tuple) else write_loss(output, total)
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from moeroute.integration.depth.decoder_layers import is_decoder_layer
+from moeroute.integration.depth.units import unit_names
 from moeroute.integration.gate_families import GATES
 from moeroute.integration.gates import gate_form, gate_sizes, unknown_gates
 from moeroute.types import Site, SiteKind
@@ -114,6 +115,7 @@ def _decoder_site(model: nn.Module, name: str, module: nn.Module) -> Site | None
         num_layers=config.num_hidden_layers,
         in_features=config.hidden_size,
         out_features=config.hidden_size,
+        parts={**unit_names(module)},
     )
 
 

@@ -12,6 +12,9 @@ from transformers.cache_utils import DynamicCache
 from moeroute.integration.depth.adopt import SUPPORTED
 from moeroute.integration.depth.layer_answer import answers_in_tuple
 
+HOST = "depth_host"
+"""Name of the child that is put beside a decoder layer's own."""
+
 CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
 
 
@@ -42,7 +45,7 @@ def is_decoder_layer(model: nn.Module, name: str) -> bool:
     """True if a module stands in a list and its forward takes hidden states and a cache."""
     parent = name.rpartition(".")[0]
     in_list = isinstance(model.get_submodule(parent), nn.ModuleList)
-    return in_list and _cache_name(model.get_submodule(name)) is not None
+    return in_list and cache_name(model.get_submodule(name)) is not None
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -79,9 +82,9 @@ def layer_facts(model: nn.Module) -> dict[str, LayerFacts]:
             name=name,
             class_name=type(layer).__name__,
             position=position,
-            cache_name=_cache_name(layer) or CACHE_NAMES[0],
+            cache_name=cache_name(layer) or CACHE_NAMES[0],
             cache_index=_cache_index(layer, position),
-            argument_names=_argument_names(layer),
+            argument_names=argument_names(layer),
             in_tuple=answers_in_tuple(layer),
         )
         for position, (name, layer) in enumerate(layers.items())
@@ -121,14 +124,16 @@ def _is_other(slots: list[Any], fact: LayerFacts) -> bool:
     return fact.cache_index < len(slots) and type(slots[fact.cache_index]) not in SUPPORTED
 
 
-def _cache_name(layer: nn.Module) -> str | None:
-    names = _argument_names(layer)
+def cache_name(layer: nn.Module) -> str | None:
+    """The argument that takes the cache; None if the forward takes no hidden states or no cache."""
+    names = argument_names(layer)
     if not names or names[0] != "hidden_states":
         return None
     return next((name for name in CACHE_NAMES if name in names), None)
 
 
-def _argument_names(layer: nn.Module) -> tuple[str, ...]:
+def argument_names(layer: nn.Module) -> tuple[str, ...]:
+    """Of a module's forward, in order, without itself."""
     return tuple(inspect.signature(type(layer).forward).parameters)[1:]
 
 

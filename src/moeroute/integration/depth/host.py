@@ -13,13 +13,16 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from moeroute.depth_types import AnswersUnits
 from moeroute.integration.adapters.hosting import (
     SITE_PREFIX,
     check_one_active,
     first_active,
     take_in,
 )
+from moeroute.integration.depth.decoder_layers import HOST
 from moeroute.integration.depth.layer_call import LayerCall
+from moeroute.integration.depth.units import attach_units, detach_units
 from moeroute.integration.depth.visit_slots import VisitSlots
 from moeroute.layers.depth import run_actions
 from moeroute.layers.depth_record import depth_record
@@ -27,8 +30,6 @@ from moeroute.layers.depth_record import depth_record
 if TYPE_CHECKING:
     from moeroute.integration.depth.decoder_layers import LayerFacts
     from moeroute.routing_pass import RoutingPass
-
-HOST = "depth_host"
 
 
 class DepthHost(nn.Module, BaseTunerLayer):
@@ -57,7 +58,13 @@ class DepthHost(nn.Module, BaseTunerLayer):
         self.kwargs: dict[str, Any] = {}
 
     def add(self, adapter_name: str, module: nn.Module, layer: nn.Module) -> None:
-        """Host `module` under an adapter's name, on the device of the decoder layer."""
+        """Host `module` under an adapter's name, on the device of the decoder layer.
+
+        Raises:
+            ValueError: It answers for the layer's units, and they cannot be found.
+        """
+        if isinstance(module, AnswersUnits):
+            attach_units(layer, self.facts, self.answers_units)
         weight = next(layer.parameters(), None)
 
         def move(name: str) -> None:
@@ -86,6 +93,11 @@ class DepthHost(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.routing_pass.resting:
             return None
         return first_active(self.moeroute_site, self.active_adapters)
+
+    def answers_units(self) -> AnswersUnits | None:
+        """What answers for the layer's units now; None if they run as they are."""
+        module = None if self.forced is not None else self.active_module()
+        return module if isinstance(module, AnswersUnits) else None
 
     def is_idle(self) -> bool:
         """True if the layer is to run as if there were no host."""
@@ -178,7 +190,8 @@ def attach(layer: nn.Module, facts: LayerFacts, routing_pass: RoutingPass) -> De
 
 
 def detach(layer: nn.Module) -> None:
-    """Take the host and the replaced forward off a decoder layer."""
+    """Take the host and the replaced forwards off a decoder layer."""
+    detach_units(layer)
     ours = layer.__dict__.get("forward")
     if isinstance(ours, DepthForward):
         del layer.__dict__["forward"]

@@ -82,6 +82,15 @@ class LayerCall:
         self._check_undecided()
         return run_tokens(self, hidden_states, kept, visit, policy)
 
+    def run_units(self, hidden_states: Tensor) -> Tensor:
+        """Run the layer; the forwards of its units ask who answers for them.
+
+        Raises:
+            ValueError: The cache was filled under actions of whole sequences.
+        """
+        self._check_undecided()
+        return self.run(hidden_states, self.arguments, self.slots, 0)
+
     def skip(self, hidden_states: Tensor) -> None:
         """Count the tokens."""
         if self.slots is not None:

@@ -49,6 +49,8 @@ def run_tokens(
         return call.run(hidden_states, call.arguments, call.slots, visit)
     spread = _Spread(hidden_states.shape[1])
     index, real = chosen_tokens(kept)
+    if not index.shape[1] and call.slots is None:
+        return hidden_states  # nobody will read the keys
     if policy == "all" and not everything:
         others, theirs = chosen_tokens(~kept)
         spread.add(*_keys_of(call, hidden_states, arguments, slots, others), others, theirs)
