@@ -9,6 +9,7 @@ from moeroute.integration.depth.answers import log_likelihood as log_likelihood
 from moeroute.integration.depth.answers import multiple_choice as multiple_choice
 from moeroute.integration.depth.curve import DepthPoint as DepthPoint
 from moeroute.integration.depth.curve import depth_curve as depth_curve
+from moeroute.integration.depth.first_guess import first_guess as first_guess
 from moeroute.integration.depth.flops import FlopsSaved as FlopsSaved
 from moeroute.integration.depth.flops import executed_flops as executed_flops
 from moeroute.integration.depth.flops import flops_saved as flops_saved
@@ -32,6 +33,7 @@ __all__ = [
     "depth_curve",
     "exact_match",
     "executed_flops",
+    "first_guess",
     "flops_saved",
     "force_depth",
     "log_likelihood",

@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BloomConfig, OPTConfig
 
 import moeroute
-from moeroute.depth import train_only
+from moeroute.depth import flops_saved, train_only
 from moeroute.integration.depth.units import UnitForward, unit_names
 from moeroute.methods import InformedRouting
 
@@ -176,6 +176,20 @@ def test_only_executed_tokens_pass_the_unit():
     runs = executed(model, ids, mask).sum((1, 2)).tolist()
     assert rows == [count for count in runs if count]
     assert 0 < sum(rows) < 2 * LAYERS * 9
+
+
+def test_fewer_units_are_fewer_operations():
+    ids, mask = ragged("left", (9,))
+    batch = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    model = wrapped(forecaster_width=4)
+    some = flops_saved(model, [batch]).executed
+    none = flops_saved(bias(model, -1e3), [batch]).executed
+    everything = flops_saved(bias(model, 1e3), [batch])
+    routers = 2 * LAYERS * 9 * 2 * (32 * 16 + 16 * 2)
+    assert everything.executed == everything.base + routers
+    head = 2 * 9 * 32 * 61
+    assert none == head + routers + 2 * LAYERS * 9 * 2 * (2 * 32 * 4)  # forecasts alone
+    assert none < some < everything.executed
 
 
 def test_every_token_leaves_its_keys():

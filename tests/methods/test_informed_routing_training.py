@@ -8,10 +8,11 @@ from peft import PeftModel
 from torch.nn.functional import cosine_similarity, smooth_l1_loss
 
 import moeroute
-from moeroute.depth import train_only
+from moeroute.depth import first_guess, train_only
 from moeroute.methods import InformedRouting, MixtureOfDepths
 from moeroute.ops.gumbel import hard_gumbel_softmax
 from moeroute.routers.temperature import TemperatureSchedule
+from moeroute.types import RouterInput
 
 pytestmark = pytest.mark.hf
 
@@ -285,6 +286,47 @@ def test_the_base_stays_as_it_was():
     optimizer.step()
     for name, parameter in model.named_parameters():
         assert name not in before or torch.equal(parameter, before[name])
+
+
+def test_a_first_guess_leaves_out_what_is_foretold_best():
+    model = wrapped().eval()
+    train_only(model, "routers")
+    _, mask = ragged("left", (12, 4, 9))
+    ids = mask * (3 + torch.randperm(36).reshape(3, 12))  # no token twice
+    batch = {"input_ids": ids, "attention_mask": mask}
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    losses = first_guess(model, [batch] * 150, lr=3e-2)
+    assert losses[-1] < 0.02 < losses[0]
+    assert len(losses) == 150
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name]) == (".router." not in name)
+        assert weight.requires_grad == (".router." in name)
+        assert weight.grad is None
+    assert not any(module.training for module in model.modules())
+    base = tiny()
+    with watching(children(model, base)) as seen, torch.no_grad():
+        base(**batch)
+    for unit, child in zip(units(model), children(model, base), strict=True):
+        tokens, answer = seen[child]
+        runs_there = unit_runs(unit, tokens)
+        error = smooth_l1_loss(unit.forecaster(tokens), answer, reduction="none").mean(-1)
+        for row, count in enumerate((3, 1, 2)):
+            real = mask[row].bool()
+            best = error[row][real].argsort()[:count].sort().values
+            left_out = (~runs_there[row][real]).nonzero().flatten()
+            assert torch.equal(left_out, best)
+
+
+def unit_runs(unit, tokens):
+    """(B, S) what a router says of its unit's input in the unmodified model."""
+    shape = (tokens.shape[0], tokens.shape[1])
+    given = RouterInput(hidden_states=tokens.flatten(0, 1), sequence_shape=shape)
+    return unit.router(given).num_executions.bool()
+
+
+def test_a_first_guess_of_no_share():
+    with pytest.raises(ValueError, match=r"share=1.0 is outside \(0, 1\)"):
+        first_guess(wrapped(), [], share=1.0)
 
 
 def test_stages_of_other_models():

@@ -10,8 +10,7 @@ Source: Informed Routing in LLMs: Smarter Token-Level Computation for Faster Inf
 code: evaluation decides without noise and computes what it chose alone, where the code draws and
 computes both; padding enters no loss; all units share one temperature; routers read u (the code can
 have them read x). Our own reading: R has its gradient through g and is averaged over units; the
-forecasters' N(0, 1e-3) is a standard deviation. Left out: the routers' first guess from the
-forecasters' errors, and LoRA on top.
+forecasters' N(0, 1e-3) is a standard deviation. Left out: LoRA on top.
 """
 
 from __future__ import annotations
@@ -43,8 +42,9 @@ class InformedRouting:
     """Two routers and two forecasters a decoder layer, for its attention and its feed-forward.
 
     Train in two stages, each begun by `moeroute.depth.train_only`: first the forecasters, on text
-    without labels, then the routers. Routers that nobody trained choose at random: a fresh method
-    equals the base in stage 1 alone, and where routers say "execute" for every token.
+    without labels, then the routers, which `moeroute.depth.first_guess` may start. Routers that
+    nobody trained choose at random: a fresh method equals the base in stage 1 alone, and where
+    routers say "execute" for every token.
 
     Args:
         sparsity: s, the share of pairs of token and unit that are foretold, over all layers.

@@ -125,7 +125,8 @@ def unit_names(layer: nn.Module) -> Mapping[UnitName, str]:
     if len(attentions) != 1 or len(others) != 1:
         return {}
     attention, feed_forward = layer.get_submodule(attentions[0]), layer.get_submodule(others[0])
-    if "residual" in argument_names(attention) or not _takes_and_gives_tokens(feed_forward):
+    adds_itself = "residual" in argument_names(attention)
+    if adds_itself or not _can_be_read(attention) or not _takes_and_gives_tokens(feed_forward):
         return {}
     return {"attention": attentions[0], "feed_forward": others[0]}
 
@@ -134,7 +135,7 @@ def attach_units(layer: nn.Module, facts: LayerFacts, answerer: Answerer) -> Non
     """Put a `UnitForward` on both units of a decoder layer, once.
 
     Raises:
-        ValueError: The units cannot be found, or it cannot be read what the attention answers.
+        ValueError: The units cannot be found.
     """
     names = unit_names(layer)
     if not names:
@@ -164,4 +165,13 @@ def _takes_and_gives_tokens(module: nn.Module) -> bool:
         if parameter.default is parameter.empty
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
-    return bool(parameters) and len(needed) <= 1 and answer_length(module) == 1
+    alone = bool(parameters) and len(needed) <= 1
+    return alone and _can_be_read(module) and answer_length(module) == 1
+
+
+def _can_be_read(module: nn.Module) -> bool:
+    """True if it is known what a forward answers with."""
+    try:
+        return answer_length(module) > 0
+    except ValueError:
+        return False
