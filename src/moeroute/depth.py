@@ -13,6 +13,7 @@ from moeroute.integration.depth.force import force_depth as force_depth
 from moeroute.integration.depth.influence import block_influence as block_influence
 from moeroute.integration.depth.search_labels import DepthLabels as DepthLabels
 from moeroute.integration.depth.search_labels import search_labels as search_labels
+from moeroute.layers.early_exit import exit_at as exit_at
 from moeroute.ops.layer_paths import count_actions as count_actions
 from moeroute.search import SearchSettings as SearchSettings
 from moeroute.search import search_path as search_path
@@ -26,6 +27,7 @@ __all__ = [
     "count_actions",
     "depth_curve",
     "exact_match",
+    "exit_at",
     "force_depth",
     "log_likelihood",
     "multiple_choice",

@@ -10,6 +10,7 @@ from moeroute.losses.balance import BalanceLoss as BalanceLoss
 from moeroute.losses.chunk_sparsity import ChunkSparsityLoss as ChunkSparsityLoss
 from moeroute.losses.coupling import ERCLoss as ERCLoss
 from moeroute.losses.depth_focal import DepthFocalLoss as DepthFocalLoss
+from moeroute.losses.early_exit import ExitLoss as ExitLoss
 from moeroute.losses.entropy import EntropyLoss as EntropyLoss
 from moeroute.losses.global_balance import GlobalBalanceLoss as GlobalBalanceLoss
 from moeroute.losses.importance import ImportanceLoss as ImportanceLoss
@@ -41,6 +42,7 @@ __all__ = [
     "DepthFocalLoss",
     "ERCLoss",
     "EntropyLoss",
+    "ExitLoss",
     "GlobalBalanceLoss",
     "ImportanceLoss",
     "KindsBalanceLoss",
