@@ -18,6 +18,7 @@ from moeroute.integration.depth.influence import block_influence as block_influe
 from moeroute.integration.depth.search_labels import DepthLabels as DepthLabels
 from moeroute.integration.depth.search_labels import search_labels as search_labels
 from moeroute.integration.depth.train_only import train_only as train_only
+from moeroute.layers.early_exit import exit_at as exit_at
 from moeroute.ops.layer_paths import count_actions as count_actions
 from moeroute.search import SearchSettings as SearchSettings
 from moeroute.search import search_path as search_path
@@ -33,6 +34,7 @@ __all__ = [
     "depth_curve",
     "exact_match",
     "executed_flops",
+    "exit_at",
     "first_guess",
     "flops_saved",
     "force_depth",

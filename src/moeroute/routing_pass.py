@@ -64,6 +64,8 @@ class RoutingPass:
         self.unsupervised: Tensor | None = None
         self.memory: Memory | None = None
         self.first_pass: Tensor | None = None
+        self.read_out: Callable[[Tensor], Tensor] | None = None
+        self.targets: Tensor | None = None
         self.rehearsing = False
         self.resting = False
         self._announced: SampleInputs | None = None
@@ -115,7 +117,7 @@ class RoutingPass:
         self._announced = None
         self.unsupervised = unsupervised
         self.memory = (self._remembered(cache) or {}) if remembers else None
-        self.first_pass = None
+        self.first_pass = self.read_out = self.targets = None
         self.is_open = True
 
     def end(self, *, cache: Any = None) -> None:
@@ -224,6 +226,7 @@ class RoutingPass:
             memory=None if self.memory is None else self.memory.setdefault(site, {}),
             state=self._states.before(site, first_time=self.is_open) if self.rooted else None,
             first_pass=tokens.new_zeros(count, 0) if self.rehearsing else self.first_pass,
+            read_out=self.read_out,
         )
 
     def hand_on(self, site: str, state: Tensor) -> None:

@@ -34,6 +34,8 @@ class RouterInput:
         first_pass: (T, P) what a head read off a first pass of the whole model; P = 0 during that
             pass, None where there is none.
         state: (T, S_r) what the previous routed layer handed on.
+        read_out: (..., H) to (..., V), the model's final norm and output embedding; None where the
+            method at work has no use for them.
     """
 
     hidden_states: Tensor
@@ -46,6 +48,7 @@ class RouterInput:
     memory: MutableMapping[str, Tensor] | None = None
     first_pass: Tensor | None = None
     state: Tensor | None = None
+    read_out: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         """Check ranks and sizes; nothing here reads device memory."""

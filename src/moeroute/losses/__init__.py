@@ -10,6 +10,7 @@ from moeroute.losses.balance import BalanceLoss as BalanceLoss
 from moeroute.losses.chunk_sparsity import ChunkSparsityLoss as ChunkSparsityLoss
 from moeroute.losses.coupling import ERCLoss as ERCLoss
 from moeroute.losses.depth_focal import DepthFocalLoss as DepthFocalLoss
+from moeroute.losses.early_exit import ExitLoss as ExitLoss
 from moeroute.losses.entropy import EntropyLoss as EntropyLoss
 from moeroute.losses.forecast import ForecastLoss as ForecastLoss
 from moeroute.losses.global_balance import GlobalBalanceLoss as GlobalBalanceLoss
@@ -44,6 +45,7 @@ __all__ = [
     "DepthFocalLoss",
     "ERCLoss",
     "EntropyLoss",
+    "ExitLoss",
     "ForecastLoss",
     "ForetoldChangeLoss",
     "GlobalBalanceLoss",

@@ -7,6 +7,7 @@ from moeroute.methods.blockffn import BlockFFN as BlockFFN
 from moeroute.methods.cosine import Cosine as Cosine
 from moeroute.methods.dr_llm import DrLLM as DrLLM
 from moeroute.methods.dynmole import DynMoLE as DynMoLE
+from moeroute.methods.early_exit import EarlyExit as EarlyExit
 from moeroute.methods.ept import EPT as EPT
 from moeroute.methods.expert_choice import ExpertChoice as ExpertChoice
 from moeroute.methods.glider import GLIDER as GLIDER
@@ -52,6 +53,7 @@ __all__ = [
     "Cosine",
     "DrLLM",
     "DynMoLE",
+    "EarlyExit",
     "ExpertChoice",
     "GroupLimited",
     "HashLayers",

@@ -13,6 +13,7 @@ from moeroute.methods.blockffn import BlockFFN
 from moeroute.methods.cosine import Cosine
 from moeroute.methods.dr_llm import DrLLM
 from moeroute.methods.dynmole import DynMoLE
+from moeroute.methods.early_exit import EarlyExit
 from moeroute.methods.ept import EPT
 from moeroute.methods.expert_choice import ExpertChoice
 from moeroute.methods.glider import GLIDER
@@ -52,6 +53,7 @@ METHODS: dict[str, type[Method]] = {
     "cosine": Cosine,
     "dr_llm": DrLLM,
     "dynmole": DynMoLE,
+    "early_exit": EarlyExit,
     "ept": EPT,
     "expert_choice": ExpertChoice,
     "glider": GLIDER,

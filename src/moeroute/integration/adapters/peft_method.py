@@ -27,6 +27,7 @@ from moeroute.integration.adapters.sites import (
 )
 from moeroute.integration.depth import host as depth_host
 from moeroute.integration.depth.decoder_layers import check_depth, layer_facts
+from moeroute.integration.depth.exits import check_exits, connect_exits
 from moeroute.layers.routed_gate import RoutedGate
 from moeroute.methods.registry import build_method, method_fields, method_name
 from moeroute.types import Method
@@ -131,6 +132,7 @@ class MoeRouteModel(BaseTuner):
         """Add an adapter to the model."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         connect_first_pass(model, connect(model))
+        connect_exits(model, connect(model))
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Refuse: a mixture has no single weight matrix.
@@ -183,6 +185,7 @@ class MoeRouteModel(BaseTuner):
         if head_of(shared) is not None:
             backbone_of(model)
         self._planned = {site.name: method.build(site, shared) for site in sites}
+        check_exits(model, self._planned.values())
 
     def _create_and_replace(
         self,

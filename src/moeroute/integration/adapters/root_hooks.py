@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from moeroute.integration.adapters.first_pass import KeepFirstCache, RunFirstPass
+from moeroute.integration.depth.exits import OpenExits
 from moeroute.integration.gates import HOST_NAME
 from moeroute.layers.routed import losses_lost_their_graph
 from moeroute.losses.balance import BalanceLoss
+from moeroute.losses.early_exit import own_share
 from moeroute.losses.forecast import ForecastLoss
 from moeroute.losses.global_balance import GlobalBalanceLoss
 from moeroute.losses.sequence_balance import SequenceBalanceLoss
@@ -95,7 +97,7 @@ class ClosePass:
         if loss is None:
             return self._alone(output) if self._is_all_there_is(records) else None
         total = total_loss(self.routing_pass.read()).total
-        loss = loss - own_balance_term(root, output, records)
+        loss = own_share(records) * (loss - own_balance_term(root, output, records))
         return write_loss(output, loss + (total * loss_share(kwargs)).to(loss))
 
     def _is_all_there_is(self, records: tuple[RoutingRecord, ...]) -> bool:
@@ -166,8 +168,8 @@ def connect(root: nn.Module) -> RoutingPass:
 
 
 def disconnect(root: nn.Module) -> None:
-    """Take both hooks off again, and those of a first pass."""
-    ours = (OpenPass, ClosePass, RunFirstPass, KeepFirstCache)
+    """Take both hooks off again, and those of a first pass and of exits."""
+    ours = (OpenPass, ClosePass, RunFirstPass, KeepFirstCache, OpenExits)
     for hooks, with_kwargs in (
         (root._forward_pre_hooks, root._forward_pre_hooks_with_kwargs),
         (root._forward_hooks, root._forward_hooks_with_kwargs),
