@@ -86,7 +86,7 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--seeds", type=int, default=3, help="runs of everything (%(default)s)")
-    add("--questions", type=int, default=1000, help="to search and train on (%(default)s)")
+    add("--questions", type=int, default=2500, help="to search and train on (%(default)s)")
     add("--heldout", type=int, default=100, help="of each level, to evaluate on (%(default)s)")
     add("--steps", type=int, default=TaskSettings.steps, help="of the decoder (%(default)s)")
     add("--out", type=Path, default=Path("runs/depth_demo"), help="where everything is written")
