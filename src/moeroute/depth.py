@@ -17,6 +17,8 @@ from moeroute.integration.depth.force import force_depth as force_depth
 from moeroute.integration.depth.influence import block_influence as block_influence
 from moeroute.integration.depth.search_labels import DepthLabels as DepthLabels
 from moeroute.integration.depth.search_labels import search_labels as search_labels
+from moeroute.integration.depth.speculate import Speculation as Speculation
+from moeroute.integration.depth.speculate import speculate as speculate
 from moeroute.integration.depth.train_only import train_only as train_only
 from moeroute.layers.early_exit import exit_at as exit_at
 from moeroute.ops.layer_paths import count_actions as count_actions
@@ -29,6 +31,7 @@ __all__ = [
     "FlopsSaved",
     "Question",
     "SearchSettings",
+    "Speculation",
     "block_influence",
     "count_actions",
     "depth_curve",
@@ -42,5 +45,6 @@ __all__ = [
     "multiple_choice",
     "search_labels",
     "search_path",
+    "speculate",
     "train_only",
 ]

@@ -43,7 +43,7 @@ def force_depth(
     facts = layer_facts(model)
     table = _table(actions, len(facts))  # (L, B)
     check_depth(model, [fact for fact in facts.values() if set(table[fact.position]) != {1}])
-    root = _root(model)
+    root = root_of(model)
     layers = decoder_layers(model)
     with ExitStack() as stack:
         if not any(isinstance(hook, OpenPass) for hook in root._forward_pre_hooks.values()):
@@ -77,7 +77,7 @@ def _table(actions: Sequence[int] | Sequence[Sequence[int]] | Tensor, layers: in
     return [tuple(column) for column in table.t().tolist()]
 
 
-def _root(model: nn.Module) -> nn.Module:
+def root_of(model: nn.Module) -> nn.Module:
     """The model inside what PEFT puts around it."""
     inner: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
     return inner() if inner is not None else model
