@@ -9,7 +9,7 @@ from torch import nn
 
 import moeroute
 from moeroute.depth import exit_at, speculate
-from moeroute.integration.depth.speculate import Halves
+from moeroute.integration.depth.halves import Halves
 from moeroute.layers.early_exit import ExitTransform
 from moeroute.methods import DrLLM, EarlyExit
 
