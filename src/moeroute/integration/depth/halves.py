@@ -168,8 +168,9 @@ def _check_layers(root: nn.Module, layers: list[nn.Module]) -> None:
             continue
         raise ValueError(
             f"{type(site).__name__} decides token by token or by the prompt how deep the model is, "
-            "so that its layers cannot be cut in two; use moeroute.unwrap_model, disable_adapter(), or "
-            "for early exits moeroute.depth.exit_at(model) without a threshold"
+            "so that its layers cannot be cut in two; use moeroute.unwrap_model or "
+            "disable_adapter(), and for early exits moeroute.depth.exit_at(model) without a "
+            "threshold"
         )
 
 
