@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -54,6 +56,33 @@ def test_gradient_reaches_the_logits_of_every_layer():
     layers = [torch.randn(5, 4, requires_grad=True) for _ in range(3)]
     total_loss(record(BalanceLoss(), logits=logits) for logits in layers).total.backward()
     assert all(logits.grad.abs().sum() > 0 for logits in layers)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far the mean over layers is from a target."""
+
+    target: float
+    weight: float = 3.0
+
+    def __call__(self, record):
+        return self.over([record])
+
+    def over(self, records):
+        means = torch.stack([record.routing.router_logits.mean() for record in records])
+        return (means.mean() - self.target).abs()
+
+
+def test_a_loss_of_all_layers_is_asked_once_about_those_that_ask_for_it():
+    logits = [torch.full((5, 4), value, requires_grad=True) for value in (1.0, 3.0, 50.0)]
+    records = [record(Gap(0.5), logits=each) for each in logits[:2]]
+    report = total_loss([*records, record(BalanceLoss(weight=0.0), logits=logits[2])])
+    assert report.parts["Gap"].item() == 1.5
+    assert report.total.item() == 4.5
+    apart = total_loss([record(Gap(2.0), logits=each) for each in logits[:2]])
+    assert apart.parts["Gap"].item() == 0.0  # the mean of the gaps would be 1
+    report.total.backward()
+    assert all(each.grad.abs().sum() > 0 for each in logits[:2])
 
 
 class Unhashable:
