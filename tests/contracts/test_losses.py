@@ -22,8 +22,8 @@ from torch import nn
 from moeroute import losses
 from moeroute.routers import All, TopK, TopKSoftmax
 
-OF_DEPTH = {"DepthFocalLoss", "MembershipLoss"}
-"""Their records are of decoder layers: see tests of dr_llm and mixture_of_depths."""
+OF_DEPTH = {"DepthFocalLoss", "DistilLoss", "MembershipLoss"}
+"""Their records are of other layers: see tests of dr_llm, duo_llm and mixture_of_depths."""
 every_loss = pytest.mark.parametrize("name", CASES)
 of_logits = pytest.mark.parametrize(
     "name", [name for name, case in CASES.items() if case.reads != "parameters"]

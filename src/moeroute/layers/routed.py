@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moeroute.layers.post_step import in_backward, stateful_parts
 from moeroute.losses.total import LossReport, total_loss
+from moeroute.outputs import DistilOutput
 from moeroute.routers.collect import is_router_host
 from moeroute.routing_pass import RoutingPass
 from moeroute.types import AuxLoss, RouterOutput, RoutingRecord
@@ -135,13 +136,24 @@ def aux_losses(model: nn.Module) -> LossReport:
 
 
 def losses_lost_their_graph(records: tuple[RoutingRecord, ...]) -> bool:
-    """True if a trainable router's logits carry no gradient: reentrant activation checkpointing."""
+    """True if a trainable router's logits carry no gradient: reentrant activation checkpointing.
+
+    So it is where a block is taught whose answers carry none.
+    """
     if not torch.is_grad_enabled():
         return False
     return any(
-        record.losses
-        and record.router is not None
-        and not record.routing.router_logits.requires_grad
-        and any(parameter.requires_grad for parameter in record.router.parameters())
+        record.losses and (_taught_without_graph(record) or _routed_without_graph(record))
         for record in records
     )
+
+
+def _routed_without_graph(record: RoutingRecord) -> bool:
+    router = record.router
+    if router is None or record.routing.router_logits.requires_grad:
+        return False
+    return any(parameter.requires_grad for parameter in router.parameters())
+
+
+def _taught_without_graph(record: RoutingRecord) -> bool:
+    return isinstance(record.routing, DistilOutput) and not record.routing.taught.requires_grad

@@ -6,6 +6,7 @@ from moeroute.methods.aux_free import AuxFree as AuxFree
 from moeroute.methods.blockffn import BlockFFN as BlockFFN
 from moeroute.methods.cosine import Cosine as Cosine
 from moeroute.methods.dr_llm import DrLLM as DrLLM
+from moeroute.methods.duo_llm import DuoLLM as DuoLLM
 from moeroute.methods.dynmole import DynMoLE as DynMoLE
 from moeroute.methods.ept import EPT as EPT
 from moeroute.methods.expert_choice import ExpertChoice as ExpertChoice
@@ -50,6 +51,7 @@ __all__ = [
     "BlockFFN",
     "Cosine",
     "DrLLM",
+    "DuoLLM",
     "DynMoLE",
     "ExpertChoice",
     "GroupLimited",
