@@ -206,6 +206,14 @@ def test_what_was_executed_is_tracked_without_padding():
         expected = [int((widths[real] == width).sum()) for width in Width]
         assert layer.counts.tolist() == expected
         assert layer.tokens == int(real.sum())
+        assert layer.expert_names == ("small", "big", "bypass")
+    assert stats.to_dict()["layers"][0]["expert_names"] == ["small", "big", "bypass"]
+    lines = [line.split() for line in str(stats.summary()).splitlines()]
+    assert ["layer", "small", "big", "bypass"] in lines
+    shares = [[f"{share:.0%}" for share in layer.load.tolist()] for layer in stats.layers]
+    assert [line[1:] for line in lines if line[:1] in (["0"], ["1"], ["2"])] == shares
+    mean = torch.stack([layer.load for layer in stats.layers]).mean(0)
+    assert next(line[1:] for line in lines if line[:1] == ["all"]) == [f"{x:.0%}" for x in mean]
     route = [Width.BIG, Width.SMALL, Width.BYPASS]
     with moeroute.track_routing(model) as stats, torch.no_grad(), force_widths(model, route):
         whole(model, ids, mask)

@@ -48,6 +48,7 @@ class LayerStats:
             the layer can be read.
         executions: How often a decoder layer ran, mean over tokens, where depth is routed: its
             "experts" are then actions, 0 to skip, 1 to run, 2 to run twice. None elsewhere.
+        expert_names: What its experts are called, by id; empty where they are but numbers.
     """
 
     name: str
@@ -64,6 +65,7 @@ class LayerStats:
     soft: bool
     gauge: CouplingGauge | None = None
     executions: float | None = None
+    expert_names: tuple[str, ...] = ()
 
     @property
     def num_experts(self) -> int:
@@ -94,6 +96,7 @@ class LayerStats:
             "soft": self.soft,
             "gauge": None if self.gauge is None else asdict(self.gauge),
             "executions": self.executions,
+            "expert_names": list(self.expert_names),
         }
 
 

@@ -42,6 +42,7 @@ class RoutingStats:
         self.gauges: Callable[[], Mapping[str, CouplingGauge]] = dict
         self._coactivation = coactivation
         self._of_depth: set[str] = set()
+        self._expert_names: dict[str, tuple[str, ...]] = {}
 
     def add(
         self,
@@ -52,6 +53,7 @@ class RoutingStats:
         token_mask: Tensor | None = None,
         *,
         is_depth: bool = False,
+        expert_names: tuple[str, ...] = (),
     ) -> None:
         """Add one call of a layer, without waiting for the device; nothing while `paused`.
 
@@ -62,11 +64,14 @@ class RoutingStats:
             weights: (T, K), any floating dtype.
             token_mask: (T,) bool, False marks padding; None counts every token.
             is_depth: Whether the experts are actions of a decoder layer.
+            expert_names: What the experts are called, by id, if they have names.
         """
         if self.paused:
             return
         if is_depth:
             self._of_depth.add(name)
+        if expert_names:
+            self._expert_names[name] = expert_names
         with torch.inference_mode(False), torch.no_grad():
             tally = self.tallies.get(name)
             if tally is not None and tally.counts.shape[0] != num_experts:
@@ -92,6 +97,7 @@ class RoutingStats:
                 self.tallies[name].read(name),
                 gauge=gauges.get(block_of(name)),
                 executions=self._executions(name),
+                expert_names=self._expert_names.get(name, ()),
             )
             for name in ordered
         )

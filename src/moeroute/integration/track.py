@@ -186,6 +186,7 @@ def _listener(
             routing.routing_weights,
             mask,
             is_depth=isinstance(record, DepthRecord),
+            expert_names=record.expert_names,
         )
 
     return listen

@@ -182,11 +182,16 @@ class WidthFeedForward(nn.Module):
             sequence_shape=given.sequence_shape,
             router=self.router,
             losses=losses,
+            expert_names=self._names,
         )
         for part in watching:
             part.observe(record)
         if wanted:
             routing_pass.keep(record, charged=bool(losses))
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(width.name.lower() for width in list(Width)[: self.router.num_experts])
 
     def extra_repr(self) -> str:
         """Settings, for `print(model)`."""
