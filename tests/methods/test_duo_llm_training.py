@@ -1,5 +1,7 @@
 """How Duo-LLM trains: its stages, its losses, its sharpness."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from integration.depth.depth_models import LAYERS, ragged, tiny, whole
@@ -11,6 +13,7 @@ from moeroute.depth import Width, force_widths, train_only
 from moeroute.integration.depth.force_widths import width_layers
 from moeroute.losses import BudgetLoss, DistilLoss
 from moeroute.methods import DrLLM, DuoLLM
+from moeroute.outputs import DistilOutput
 from moeroute.routers.step_schedule import StepSchedule
 from moeroute.types import RouterOutput, RoutingRecord
 
@@ -67,7 +70,9 @@ def inputs_of_blocks(model):
 def test_small_blocks_learn_beside_the_unmodified_model(family):
     model, base, given = staged("small", family, distil_loss_coef=0.5), tiny(family), inputs()
     seen, _ = inputs_of_blocks(model)
-    out = model(**given)
+    with rows(model) as counts:
+        out = model(**given)
+    assert counts == [[given["input_ids"].numel()] * 2] * LAYERS
     with torch.no_grad():
         plain = base(**given)
     assert torch.equal(out.logits, plain.logits)
@@ -83,6 +88,44 @@ def test_small_blocks_learn_beside_the_unmodified_model(family):
     found = gradients(model)
     assert set(found) == named(model, "small")
     assert all(gradient.abs().sum() > 0 for gradient in found.values())
+
+
+def test_a_small_block_is_taught_by_its_own_layer_alone():
+    model = duo(scale=0.1).train()
+    model(**inputs())
+    for place, record in enumerate(records(model)):
+        found = torch.autograd.grad(
+            DistilLoss()(record),
+            [p for p in model.parameters() if p.requires_grad],
+            allow_unused=True,
+            retain_graph=True,
+        )
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        reached = {name for name, each in zip(names, found, strict=True) if each is not None}
+        assert reached == {n for n in named(model, "small") if f"layers.{place}." in n}
+
+
+def test_distillation_is_not_touched_by_padding_even_if_it_is_nan():
+    taught = torch.tensor([[1.0, 2.0], [torch.nan, 0.0]], requires_grad=True)
+    target = torch.tensor([[1.0, 0.0], [torch.nan, torch.nan]])
+    weights, mask = torch.ones(2, 1), torch.tensor([True, False])
+    routing = DistilOutput(
+        router_logits=torch.zeros(2, 2),
+        routing_weights=weights,
+        selected_experts=torch.ones(2, 1, dtype=torch.int64),
+        taught=taught,
+        target=target,
+    )
+    loss = DistilLoss()(replace(routed(torch.ones(2, 2), mask), routing=routing))
+    assert loss.item() == 2.0
+    loss.backward()
+    assert taught.grad.tolist() == [[0.0, 2.0], [0.0, 0.0]]
+
+
+def test_small_blocks_that_nothing_teaches_are_an_error():
+    model = staged("small", distil_loss_coef=0.0)
+    with pytest.raises(ValueError, match=r"layers.0.mlp: nothing teaches the small block"):
+        model(**inputs())
 
 
 def test_small_blocks_come_to_answer_like_big_ones():

@@ -49,7 +49,8 @@ class WidthFeedForward(nn.Module):
             taken in the place of the router's, in training too, and no loss is charged.
 
     Raises:
-        ValueError: In forward, `forced` speaks of other sequences or tokens.
+        ValueError: In forward, `forced` speaks of other sequences or tokens; the small block learns
+            alone, but by no loss and on no token.
     """
 
     def __init__(
@@ -101,6 +102,11 @@ class WidthFeedForward(nn.Module):
 
     def _trained(self, hidden_states: Tensor, base: nn.Module, given: RouterInput) -> Tensor:
         alone = learns(self.small) and not learns(self.router)
+        if alone and not (self.small_losses or self.random_share):
+            raise ValueError(
+                f"{self.site}: nothing teaches the small block, which alone learns: give it a loss "
+                "(DuoLLM(distil_loss_coef=1.0)), or tokens (random_share=0.5)"
+            )
         routing = self._drawn(given) if alone else self.router(given)
         big = base(hidden_states)
         taught = self._taught(given, routing, big) if self._teaches else routing
