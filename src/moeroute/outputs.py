@@ -1,6 +1,6 @@
 """Answers of routers that say more than who was chosen, for the losses that read it.
 
-Axes: B samples, T tokens, E experts.
+Axes: B samples, T tokens, E experts, H hidden.
 """
 
 from __future__ import annotations
@@ -34,3 +34,16 @@ class ContrastOutput(RouterOutput):
 
     features: Tensor
     momentum_features: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistilOutput(RouterOutput):
+    """A routing with what one block learns from another, on the same tokens.
+
+    Attributes:
+        taught: (T, H) what the learning block answers, with a gradient.
+        target: (T, H) what it is to answer, without a gradient.
+    """
+
+    taught: Tensor
+    target: Tensor

@@ -181,6 +181,7 @@ class RoutingRecord:
         router: The router, for losses that read its rows.
         experts: The experts, for losses that ask them for activations.
         losses: What this layer asks to be charged.
+        expert_names: What its experts are called, by id; empty where they are but numbers.
     """
 
     site: str
@@ -192,6 +193,7 @@ class RoutingRecord:
     router: nn.Module | None = None
     experts: nn.Module | None = None
     losses: tuple[AuxLoss, ...] = ()
+    expert_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

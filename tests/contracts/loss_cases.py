@@ -40,6 +40,7 @@ CASES = {
     "ActiveWeightLoss": LossCase(2 / EXPERTS, "weights"),
     "AnchorLoss": LossCase(1 - 1 / EXPERTS, fields=(("experts", (2,)),)),
     "BalanceLoss": LossCase(1.0),
+    "BudgetLoss": LossCase((1 / EXPERTS / 3 - 0.5) ** 2, "weights"),
     "ChunkSparsityLoss": LossCase(0.75, ordered=True, least=-1e-3, fields=(("chunk_size", 6),)),
     "ERCLoss": LossCase(0.0, "parameters", fields=(("noise", False),)),
     "EntropyLoss": LossCase(1.0),

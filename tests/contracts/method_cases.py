@@ -14,6 +14,7 @@ import torch
 from transformers import Trainer
 
 import moeroute
+import moeroute.depth
 from moeroute.methods.existing import LoRAExpert
 
 ADDED: Mapping[str, Any] = MappingProxyType({"num_experts": 4, "intermediate_size": 6})
@@ -179,6 +180,11 @@ def give_instructions(model: torch.nn.Module) -> None:
     )
 
 
+def small_blocks_first(model: torch.nn.Module) -> None:
+    """Bring a model of blocks of several widths to its first stage of training."""
+    moeroute.depth.train_only(model, "small")
+
+
 EXPERT_NAMES = ("math", "code", "law", "art")
 LLAMA_SITES = tuple(
     f"model.layers.{layer}.{part}_proj"
@@ -281,6 +287,16 @@ CASES: Mapping[str, MethodCase] = MappingProxyType(
             by_task=True,
             loss_of=seeded_loss,
             permute=permute_skills,
+        ),
+        "duo_llm": MethodCase(
+            fields={"small_intermediate_size": 8, "bypass": True},
+            second={"small_intermediate_size": 4, "bypass": True},
+            prepare=small_blocks_first,
+            trainer=partial(Trainer, callbacks=[moeroute.PostStepCallback()]),
+            exceptions={
+                "test_permuting_experts_leaves_the_output_unchanged": "widths have their places",
+                "test_compiles_without_graph_breaks": "it reads how many tokens take a block",
+            },
         ),
         "null_experts": MethodCase(
             fields=ADDED | {"gating_residual": False, "top_k": 3},

@@ -24,14 +24,15 @@ from moeroute.routers import All, TopK, TopKSoftmax
 
 OF_DEPTH = {
     "DepthFocalLoss",
+    "DistilLoss",
     "ExitLoss",
     "ForecastLoss",
     "ForetoldChangeLoss",
     "MembershipLoss",
     "SparsityTargetLoss",
 }
-"""Their records are of decoder layers: see tests of dr_llm, early_exit, mixture_of_depths and
-unit_losses."""
+"""Their records are of other layers: see tests of dr_llm, duo_llm, early_exit,
+mixture_of_depths and unit_losses."""
 every_loss = pytest.mark.parametrize("name", CASES)
 of_logits = pytest.mark.parametrize(
     "name", [name for name, case in CASES.items() if case.reads != "parameters"]

@@ -50,6 +50,7 @@ class LayerStats:
             "experts" are then actions, 0 to skip, 1 to run, 2 to run twice. None elsewhere.
         layer_share: The part of a decoder layer that this is: 0.5 for one of its two units, where
             depth is routed by unit.
+        expert_names: What its experts are called, by id; empty where they are but numbers.
     """
 
     name: str
@@ -67,6 +68,7 @@ class LayerStats:
     gauge: CouplingGauge | None = None
     executions: float | None = None
     layer_share: float = 1.0
+    expert_names: tuple[str, ...] = ()
 
     @property
     def num_experts(self) -> int:
@@ -98,6 +100,7 @@ class LayerStats:
             "gauge": None if self.gauge is None else asdict(self.gauge),
             "executions": self.executions,
             "layer_share": self.layer_share,
+            "expert_names": list(self.expert_names),
         }
 
 

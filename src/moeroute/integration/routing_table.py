@@ -70,6 +70,8 @@ def routing_table(model_name: str, layers: Sequence[LayerStats], tracked: int) -
     table.title = f"Routing of {model_name}: {total_tokens(layers):,} tokens"
     if layers and all(layer.executions is not None for layer in layers):
         return fill_depth(table, layers)
+    if layers and layers[0].expert_names and len({each.expert_names for each in layers}) == 1:
+        return fill_named(table, layers)
     if not layers:
         table.add_column(f"{tracked} routed layers watched")
         table.add_row(NOTHING)
@@ -111,6 +113,24 @@ def fill_depth(table: RoutingTable, layers: Sequence[LayerStats]) -> RoutingTabl
     table.caption = f"layers: {pattern}\nruns: executions a token; {whole:g} without routing"
     if whole < len(layers):
         table.caption += "; a unit is half a layer"
+    return table
+
+
+def fill_named(table: RoutingTable, layers: Sequence[LayerStats]) -> RoutingTable:
+    """One row a layer: the share of each of a few experts that have names."""
+    pattern, labels = layer_labels([layer.name for layer in layers])
+    table.min_width = DEPTH_WIDTH
+    table.add_column("layer", no_wrap=True)
+    for name in layers[0].expert_names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for label, layer in zip(labels, layers, strict=True):
+        table.add_row(label, *(f"{share:.0%}" for share in layer.load.tolist()))
+    table.add_section()
+    loads = [layer.load for layer in layers]
+    table.add_row(
+        "all", *(f"{sum(shares) / len(loads):.0%}" for shares in zip(*loads, strict=True))
+    )
+    table.caption = f"layers: {pattern}\nshare of the tokens, or of their weight in training"
     return table
 
 

@@ -42,6 +42,7 @@ class RoutingStats:
         self.gauges: Callable[[], Mapping[str, CouplingGauge]] = dict
         self._coactivation = coactivation
         self._of_depth: dict[str, float] = {}
+        self._expert_names: dict[str, tuple[str, ...]] = {}
 
     def add(
         self,
@@ -52,6 +53,7 @@ class RoutingStats:
         token_mask: Tensor | None = None,
         *,
         layer_share: float | None = None,
+        expert_names: tuple[str, ...] = (),
     ) -> None:
         """Add one call of a layer, without waiting for the device; nothing while `paused`.
 
@@ -63,11 +65,14 @@ class RoutingStats:
             token_mask: (T,) bool, False marks padding; None counts every token.
             layer_share: Where the experts are actions of a decoder layer, the part of it that they
                 speak of; else None.
+            expert_names: What the experts are called, by id, if they have names.
         """
         if self.paused:
             return
         if layer_share is not None:
             self._of_depth[name] = layer_share
+        if expert_names:
+            self._expert_names[name] = expert_names
         with torch.inference_mode(False), torch.no_grad():
             tally = self.tallies.get(name)
             if tally is not None and tally.counts.shape[0] != num_experts:
@@ -94,6 +99,7 @@ class RoutingStats:
                 gauge=gauges.get(block_of(name)),
                 executions=self._executions(name),
                 layer_share=self._of_depth.get(name, 1.0),
+                expert_names=self._expert_names.get(name, ()),
             )
             for name in ordered
         )

@@ -189,6 +189,7 @@ def _listener(
             routing.routing_weights,
             mask,
             layer_share=record.layer_share if isinstance(record, DepthRecord) else None,
+            expert_names=record.expert_names,
         )
 
     return listen

@@ -15,6 +15,8 @@ from moeroute.routers.unit_gate import learns
 from moeroute.routing_pass import RoutingPass
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from moeroute.depth_types import DecoderCall, DepthOutput, RunUnit, UnitName
     from moeroute.layers.forecaster import FeatureForecaster
     from moeroute.routers.unit_gate import UnitGateRouter
@@ -94,6 +96,11 @@ class ForecastUnit(nn.Module):
         self.site = site
         self.layer_index = layer_index
         self.routing_pass = RoutingPass()
+
+    @property
+    def stages(self) -> Mapping[str, tuple[nn.Module, ...]]:
+        """What learns by itself: see `moeroute.depth.train_only`."""
+        return {"forecasters": (self.forecaster,), "routers": (self.router,)}
 
     @property
     def losses(self) -> tuple[AuxLoss, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moeroute.depth_types import DepthRecord
 from moeroute.layers.post_step import in_backward, stateful_parts
 from moeroute.losses.total import LossReport, total_loss
+from moeroute.outputs import DistilOutput
 from moeroute.routers.collect import is_router_host
 from moeroute.routing_pass import RoutingPass
 from moeroute.types import AuxLoss, RouterOutput, RoutingRecord
@@ -138,22 +139,25 @@ def aux_losses(model: nn.Module) -> LossReport:
 def losses_lost_their_graph(records: tuple[RoutingRecord, ...]) -> bool:
     """True if a trainable router's logits carry no gradient: reentrant activation checkpointing.
 
-    So it is where a forecaster learns and what it said carries none.
+    So it is where a block or a forecaster is taught whose answers carry none.
     """
     if not torch.is_grad_enabled():
         return False
     return any(
-        _forecast_without_graph(record)
-        or (
-            record.losses
-            and record.router is not None
-            and not record.routing.router_logits.requires_grad
-            and any(parameter.requires_grad for parameter in record.router.parameters())
-        )
+        record.losses and (_taught_without_graph(record) or _routed_without_graph(record))
         for record in records
     )
 
 
-def _forecast_without_graph(record: RoutingRecord) -> bool:
+def _routed_without_graph(record: RoutingRecord) -> bool:
+    router = record.router
+    if router is None or record.routing.router_logits.requires_grad:
+        return False
+    return any(parameter.requires_grad for parameter in router.parameters())
+
+
+def _taught_without_graph(record: RoutingRecord) -> bool:
+    if isinstance(record.routing, DistilOutput):
+        return not record.routing.taught.requires_grad
     unit = record.unit if isinstance(record, DepthRecord) else None
     return unit is not None and unit.forecast is not None and not unit.forecast.requires_grad

@@ -7,9 +7,11 @@ from moeroute.losses.alignment import routing_vectors as routing_vectors
 from moeroute.losses.alignment import solved_neighbors as solved_neighbors
 from moeroute.losses.anchor import AnchorLoss as AnchorLoss
 from moeroute.losses.balance import BalanceLoss as BalanceLoss
+from moeroute.losses.budget import BudgetLoss as BudgetLoss
 from moeroute.losses.chunk_sparsity import ChunkSparsityLoss as ChunkSparsityLoss
 from moeroute.losses.coupling import ERCLoss as ERCLoss
 from moeroute.losses.depth_focal import DepthFocalLoss as DepthFocalLoss
+from moeroute.losses.distil import DistilLoss as DistilLoss
 from moeroute.losses.early_exit import ExitLoss as ExitLoss
 from moeroute.losses.entropy import EntropyLoss as EntropyLoss
 from moeroute.losses.forecast import ForecastLoss as ForecastLoss
@@ -41,8 +43,10 @@ __all__ = [
     "ActiveWeightLoss",
     "AnchorLoss",
     "BalanceLoss",
+    "BudgetLoss",
     "ChunkSparsityLoss",
     "DepthFocalLoss",
+    "DistilLoss",
     "ERCLoss",
     "EntropyLoss",
     "ExitLoss",

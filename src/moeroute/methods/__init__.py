@@ -6,6 +6,7 @@ from moeroute.methods.aux_free import AuxFree as AuxFree
 from moeroute.methods.blockffn import BlockFFN as BlockFFN
 from moeroute.methods.cosine import Cosine as Cosine
 from moeroute.methods.dr_llm import DrLLM as DrLLM
+from moeroute.methods.duo_llm import DuoLLM as DuoLLM
 from moeroute.methods.dynmole import DynMoLE as DynMoLE
 from moeroute.methods.early_exit import EarlyExit as EarlyExit
 from moeroute.methods.ept import EPT as EPT
@@ -52,6 +53,7 @@ __all__ = [
     "BlockFFN",
     "Cosine",
     "DrLLM",
+    "DuoLLM",
     "DynMoLE",
     "EarlyExit",
     "ExpertChoice",

@@ -12,6 +12,7 @@ from moeroute.methods.aux_free import AuxFree
 from moeroute.methods.blockffn import BlockFFN
 from moeroute.methods.cosine import Cosine
 from moeroute.methods.dr_llm import DrLLM
+from moeroute.methods.duo_llm import DuoLLM
 from moeroute.methods.dynmole import DynMoLE
 from moeroute.methods.early_exit import EarlyExit
 from moeroute.methods.ept import EPT
@@ -52,6 +53,7 @@ METHODS: dict[str, type[Method]] = {
     "blockffn": BlockFFN,
     "cosine": Cosine,
     "dr_llm": DrLLM,
+    "duo_llm": DuoLLM,
     "dynmole": DynMoLE,
     "early_exit": EarlyExit,
     "ept": EPT,

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, smooth_l1_loss
 
 from moeroute.depth_types import DepthRecord
-from moeroute.integration.depth.train_only import forecast_units, train_only
+from moeroute.integration.depth.stages import active_modules, train_only
+from moeroute.layers.forecast_units import ForecastLayer
 from moeroute.losses.masked import masked_mean, real_tokens_only
 from moeroute.routers.token_capacity import highest
 from moeroute.types import RouterInput
@@ -61,7 +62,7 @@ def first_guess(
     """
     if not 0.0 < share < 1.0:
         raise ValueError(f"share={share} is outside (0, 1); the paper's code takes 0.25")
-    units = forecast_units(model)
+    units = _forecast_units(model)
     losses = []
     with _as_it_was(model, units):
         model.eval()
@@ -131,3 +132,14 @@ def _guess_loss(unit: ForecastUnit, record: RoutingRecord, share: float) -> Tens
     logits = real_tokens_only(unit.router(given).router_logits.flatten(0, 1), mask)
     each = cross_entropy(logits, executes.flatten().long(), reduction="none")
     return masked_mean(each, mask)
+
+
+def _forecast_units(model: nn.Module) -> list[ForecastUnit]:
+    """The units that the active adapter answers for, two a layer; an error if there are none."""
+    layers = [module for module in active_modules(model) if isinstance(module, ForecastLayer)]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no active adapter with forecasters; wrap it with "
+            "moeroute.wrap_model(model, InformedRouting()), or activate one with set_adapter(name)"
+        )
+    return [unit for layer in layers for unit in (layer.attention, layer.feed_forward)]
