@@ -11,7 +11,7 @@ import moeroute
 from moeroute.depth import first_guess, train_only
 from moeroute.methods import InformedRouting, MixtureOfDepths
 from moeroute.ops.gumbel import hard_gumbel_softmax
-from moeroute.routers.temperature import TemperatureSchedule
+from moeroute.routers.step_schedule import StepSchedule
 from moeroute.types import RouterInput
 
 pytestmark = pytest.mark.hf
@@ -50,7 +50,7 @@ def learnt(model, part):
 
 def temperature(model):
     """The schedule that all routers share."""
-    found = [m for m in model.modules() if isinstance(m, TemperatureSchedule)]
+    found = [m for m in model.modules() if isinstance(m, StepSchedule)]
     assert len(found) == 1
     return found[0]
 
@@ -262,7 +262,7 @@ def test_one_temperature_falls_by_steps_that_trained_routers_and_is_saved(tmp_pa
         moeroute.post_step(again)
     assert temperature(again).steps_taken == 7
     assert temperature(again)().item() == 1.0
-    assert TemperatureSchedule(start=3.0, end=2.0, steps=0)().item() == 2.0
+    assert StepSchedule(start=3.0, end=2.0, steps=0)().item() == 2.0
 
 
 def test_hard_draws_are_ones_and_zeros_with_the_soft_ones_gradient():

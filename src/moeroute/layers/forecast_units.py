@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moeroute.depth_types import UnitTrace
 from moeroute.layers.depth_record import depth_record
 from moeroute.layers.post_step import in_backward, stateful_parts
-from moeroute.routers.unit_gate import learns
+from moeroute.routers.learns import learns
 from moeroute.routing_pass import RoutingPass
 
 if TYPE_CHECKING:

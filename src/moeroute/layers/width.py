@@ -15,6 +15,7 @@ from moeroute.layers.post_step import in_backward, stateful_parts
 from moeroute.ops.gates import expert_table
 from moeroute.ops.widths import Width
 from moeroute.outputs import DistilOutput
+from moeroute.routers.learns import learns
 from moeroute.routing_pass import RoutingPass
 from moeroute.types import RouterInput, RouterOutput, RoutingRecord
 
@@ -213,8 +214,3 @@ def certain(widths: Tensor, num_widths: int) -> RouterOutput:
         routing_weights=torch.ones(chosen.shape, device=chosen.device),
         selected_experts=chosen,
     )
-
-
-def learns(module: nn.Module) -> bool:
-    """True if some parameter of it does."""
-    return any(parameter.requires_grad for parameter in module.parameters())

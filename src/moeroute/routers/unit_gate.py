@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from moeroute.depth_types import DepthOutput
 from moeroute.ops.gumbel import hard_gumbel_softmax
+from moeroute.routers.learns import learns
 from moeroute.routers.scores import linear_logits
-from moeroute.routers.temperature import TemperatureSchedule
+from moeroute.routers.step_schedule import StepSchedule
 from moeroute.types import RouterInput
 
 EXECUTE = 1
@@ -51,7 +52,7 @@ class UnitGateRouter(nn.Module):
         in_features: int,
         *,
         width: int,
-        schedule: TemperatureSchedule,
+        schedule: StepSchedule,
         owns_schedule: bool = True,
     ) -> None:
         super().__init__()
@@ -92,8 +93,3 @@ class UnitGateRouter(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
         return f"in_features={self.in_features}, owns_schedule={'schedule' in self._modules}"
-
-
-def learns(module: nn.Module) -> bool:
-    """True if any parameter of a module is to be trained."""
-    return any(parameter.requires_grad for parameter in module.parameters())
