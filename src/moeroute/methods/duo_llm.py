@@ -42,10 +42,10 @@ PAPERS_SHARE = 16
 class DuoLLM:
     """A small twin and a router for every feed-forward block; attention always runs.
 
-    Train in two stages, each begun by `moeroute.depth.train_only`: first "small", then "routers",
-    with `moeroute.post_step(model)` after each optimizer step, so that kappa grows. After wrapping
-    all of it learns. A fresh method equals the base in evaluation and in the first stage; while
-    routers learn, a fresh one weighs all widths alike.
+    Train in two stages, each begun by `moeroute.depth.train_only`: first "small", on text without
+    labels, then "routers", with `moeroute.post_step(model)` after each optimizer step, so that
+    kappa grows. After wrapping all learns. A fresh method equals the base in evaluation and, with a
+    random_share of 0, in the first stage; while routers learn, a fresh one weighs all alike.
 
     Args:
         small_intermediate_size: Hidden units of a small block; None for a sixteenth of the big
@@ -78,7 +78,7 @@ class DuoLLM:
     Example:
         >>> wrapped = moeroute.wrap_model(model, DuoLLM(budget=0.5)).train()
         >>> moeroute.depth.train_only(wrapped, "small")
-        >>> wrapped(input_ids=text, labels=text).loss.backward()
+        >>> wrapped(input_ids=text).loss.backward()
         >>> moeroute.depth.train_only(wrapped, "routers")
         >>> wrapped(input_ids=text, labels=text).loss.backward()
     """

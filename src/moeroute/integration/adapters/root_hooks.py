@@ -20,6 +20,7 @@ from moeroute.integration.depth.exits import OpenExits
 from moeroute.integration.gates import HOST_NAME
 from moeroute.layers.routed import losses_lost_their_graph
 from moeroute.losses.balance import BalanceLoss
+from moeroute.losses.distil import DistilLoss
 from moeroute.losses.early_exit import own_share
 from moeroute.losses.forecast import ForecastLoss
 from moeroute.losses.global_balance import GlobalBalanceLoss
@@ -29,6 +30,8 @@ from moeroute.routing_pass import RoutingPass, SampleInputs
 from moeroute.types import RoutingRecord
 
 BALANCES = (BalanceLoss, GlobalBalanceLoss, SequenceBalanceLoss)
+TEACHING = (DistilLoss, ForecastLoss)
+"""Losses that need no labels: of parts that learn what others answer."""
 IGNORE_INDEX = -100
 
 
@@ -101,10 +104,10 @@ class ClosePass:
         return write_loss(output, loss + (total * loss_share(kwargs)).to(loss))
 
     def _is_all_there_is(self, records: tuple[RoutingRecord, ...]) -> bool:
-        """True if nothing is learnt but depth labels, or what units of layers answer."""
+        """True if nothing is learnt but depth labels, or what parts of the model answer."""
         if self.routing_pass.samples.depth_labels is not None:
             return True
-        return all(isinstance(loss, ForecastLoss) for record in records for loss in record.losses)
+        return all(isinstance(loss, TEACHING) for record in records for loss in record.losses)
 
     def _alone(self, output: Any) -> Any:
         """The output with the auxiliary losses for its loss; a tuple has had none in front."""
