@@ -23,7 +23,7 @@ from moeroute.layers.forecaster import FeatureForecaster
 from moeroute.losses.forecast import ForecastLoss
 from moeroute.losses.unit_gates import ForetoldChangeLoss, SparsityTargetLoss
 from moeroute.methods.checks import check_units
-from moeroute.routers.temperature import SharedSchedule, temperature_schedule
+from moeroute.routers.step_schedule import SharedSchedule, StepSchedule
 from moeroute.routers.unit_gate import UnitGateRouter
 from moeroute.types import Paper
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from moeroute.routers.step_schedule import StepSchedule
     from moeroute.types import AuxLoss, Site, SiteKind
 
 LEAST_WIDTH = 16
@@ -140,10 +139,12 @@ class InformedRouting:
         return ForecastLayer(attention=units["attention"], feed_forward=units["feed_forward"])
 
     def _schedule(self) -> StepSchedule:
-        return temperature_schedule(
+        return StepSchedule(
             start=self.start_temperature, end=self.end_temperature, steps=self.temperature_steps
         )
 
     def _routing_losses(self) -> tuple[AuxLoss, ...]:
-        target = SparsityTargetLoss(sparsity=self.sparsity, weight=self.sparsity_loss_coef)
-        return target, ForetoldChangeLoss(weight=self.change_loss_coef)
+        return (
+            SparsityTargetLoss(sparsity=self.sparsity, weight=self.sparsity_loss_coef),
+            ForetoldChangeLoss(weight=self.change_loss_coef),
+        )
