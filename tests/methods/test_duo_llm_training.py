@@ -295,9 +295,7 @@ def test_sharpness_grows_with_optimizer_steps_and_not_with_batches():
     assert StepSchedule(start=1.0, end=3.0, steps=0)().item() == 3.0
     model.to(torch.bfloat16)
     assert schedule.steps_taken.dtype == torch.int64
-    with pytest.raises(
-        ValueError, match="steps=-1: start and end must be above 0, steps 0 or more"
-    ):
+    with pytest.raises(ValueError, match="steps=-1 is below 0"):
         StepSchedule(start=1.0, end=2.0, steps=-1)
 
 

@@ -335,10 +335,7 @@ def test_a_layer_without_two_units_is_named_before_anything_is_touched(config):
         ({"forecaster_width": 0}, "InformedRouting: forecaster_width=0 is below 1"),
         ({"router_width": 0}, "InformedRouting: router_width=0 is below 1"),
         ({"change_loss_coef": -1.0}, "InformedRouting: change_loss_coef=-1.0 is below 0"),
-        (
-            {"end_temperature": 0.0},
-            "InformedRouting: start=5.0, end=0.0, steps=2000: start and end",
-        ),
+        ({"end_temperature": 0.0}, "InformedRouting: end_temperature=0.0 is below 1e-06"),
     ],
 )
 def test_fields_out_of_range(fields, message):

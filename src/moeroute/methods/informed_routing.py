@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
     from moeroute.types import AuxLoss, Site, SiteKind
 
-LEAST_WIDTH = 16
+LEAST_WIDTH, COLDEST = 16, 1e-6
+TEMPERATURES = ("start_temperature", "end_temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,8 @@ class InformedRouting:
     def __post_init__(self) -> None:
         """Check every field."""
         least = {"forecaster_width": 1, "router_width": 1, "forecast_loss_coef": 0}
-        for name, low in (least | {"sparsity_loss_coef": 0, "change_loss_coef": 0}).items():
+        least |= {"sparsity_loss_coef": 0, "change_loss_coef": 0}
+        for name, low in (least | dict.fromkeys(TEMPERATURES, COLDEST)).items():
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"InformedRouting: {name}={value} is below {low}")
@@ -144,7 +146,5 @@ class InformedRouting:
         )
 
     def _routing_losses(self) -> tuple[AuxLoss, ...]:
-        return (
-            SparsityTargetLoss(sparsity=self.sparsity, weight=self.sparsity_loss_coef),
-            ForetoldChangeLoss(weight=self.change_loss_coef),
-        )
+        target = SparsityTargetLoss(sparsity=self.sparsity, weight=self.sparsity_loss_coef)
+        return target, ForetoldChangeLoss(weight=self.change_loss_coef)

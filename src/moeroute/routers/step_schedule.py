@@ -28,18 +28,15 @@ class StepSchedule(nn.Module):
         steps_taken: () int64.
 
     Raises:
-        ValueError: start or end is not above 0, or steps is below 0.
+        ValueError: steps is below 0.
     """
 
     steps_taken: Tensor
 
     def __init__(self, *, start: float, end: float, steps: int) -> None:
         super().__init__()
-        if not (start > 0.0 and end > 0.0) or steps < 0:
-            raise ValueError(
-                f"start={start}, end={end}, steps={steps}: start and end must be above 0, steps 0 "
-                "or more"
-            )
+        if steps < 0:
+            raise ValueError(f"steps={steps} is below 0; use 0 to begin at the end")
         self.start, self.end, self.steps = start, end, steps
         self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))
         self._seen = False
