@@ -6,7 +6,8 @@ applied: 0 skips it, 1 runs it, 2 runs it twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -73,6 +74,23 @@ class DepthRouter(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PrunedTokens(DepthOutput):
+    """What a router says that leaves out the tokens of least importance.
+
+    Attributes:
+        prompt: (B, S) bool, the real tokens that were compared with each other.
+        guide: (B, S) int64, what a rule without parameters would do.
+        guide_share: () float32, how much of the guide is to be followed still.
+        sparsity: The share of tokens that is to skip the layer.
+    """
+
+    prompt: Tensor
+    guide: Tensor
+    guide_share: Tensor
+    sparsity: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DepthRecord(RoutingRecord):
     """What one decoder layer did; its routing has one slot a token and actions for experts.
 
@@ -104,6 +122,26 @@ class UnitTrace:
     tokens: Tensor
     executed: Tensor
     forecast: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionSeen:
+    """What the attention of a decoder layer works on, after rotary embeddings and norms of keys.
+
+    Attributes:
+        query: (B, heads, Q, D) of the tokens that run the layer, without a gradient.
+        key: (B, key heads, C, D) of all tokens that can be seen, without a gradient.
+        mask: (B or 1, heads or 1, Q, C), bool (True attends) or added to the scores; None where
+            each query sees all keys up to its own, the last query's being the last.
+        scaling: What scores are multiplied by.
+        softcap: c of c tanh(score / c), or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    scaling: float
+    softcap: float | None = None
 
 
 class DecoderCall(Protocol):
@@ -140,6 +178,25 @@ class DecoderCall(Protocol):
         """Let the cache know that (B, S, H) tokens passed a layer that none of them ran."""
         ...
 
+    def open_memory(self) -> MutableMapping[str, Tensor] | None:
+        """What stays with the cache for the layer, a row a sequence; None where there is no cache.
+
+        Empty on the first call of a generation, whose tokens are the prompt; that call must write
+        something. It follows the cache: beams, resets, copies.
+
+        Raises:
+            ValueError: The cache was begun by calls that kept nothing.
+        """
+        ...
+
+    def watching(self, watcher: Callable[[AttentionSeen], None]) -> AbstractContextManager[None]:
+        """Inside the block, show `watcher` what the layer's attention works on, where it runs.
+
+        Raises:
+            ValueError: The layer's attention cannot be watched.
+        """
+        ...
+
     def run_units(self, hidden_states: Tensor) -> Tensor:
         """The (B, S, H) hidden states with the layer run once, its units answered for.
 
@@ -149,6 +206,16 @@ class DecoderCall(Protocol):
         Raises:
             ValueError: The cache was filled under actions of whole sequences.
         """
+        ...
+
+
+@runtime_checkable
+class WatchesAttention(Protocol):
+    """A module beside a decoder layer that watches the layer's attention."""
+
+    @property
+    def watches_attention(self) -> bool:
+        """Whether it does; a layer whose attention cannot be watched is refused then."""
         ...
 
 

@@ -218,7 +218,7 @@ class RoutingPass:
         return RouterInput(
             hidden_states=tokens,
             sequence_shape=shape,
-            token_mask=_flat(self.token_mask, count),
+            token_mask=self.mask_of(count),
             token_ids=_flat(self.token_ids, count),
             task_ids=_for_batch(self.samples.task_ids, shape[0]),
             sample_embeddings=_for_batch(self.samples.embeddings, shape[0]),
@@ -228,6 +228,10 @@ class RoutingPass:
             first_pass=tokens.new_zeros(count, 0) if self.rehearsing else self.first_pass,
             read_out=self.read_out,
         )
+
+    def mask_of(self, tokens: int) -> Tensor | None:
+        """(T,) bool mask of this call's tokens; None if all are real, or if these are others."""
+        return _flat(self.token_mask, tokens)
 
     def hand_on(self, site: str, state: Tensor) -> None:
         """Keep a layer's state for the next routed layer of this forward.

@@ -28,7 +28,9 @@ OF_DEPTH = {
     "ExitLoss",
     "ForecastLoss",
     "ForetoldChangeLoss",
+    "GuideLoss",
     "MembershipLoss",
+    "SkipShareLoss",
     "SparsityTargetLoss",
 }
 """Their records are of other layers: see tests of dr_llm, duo_llm, early_exit,

@@ -36,7 +36,6 @@ def depth_record(
         depth: What the router said, if it was asked.
     """
     shape = hidden_states.shape[:2]
-    router_input = routing_pass.router_input(hidden_states.detach(), site)
     tokens = _by_token(executions, shape)
     weights = torch.ones(tokens.shape, device=tokens.device)
     if depth is not None and depth.routing_weights is not None:
@@ -49,8 +48,8 @@ def depth_record(
             routing_weights=weights[:, None],
             selected_experts=tokens[:, None],
         ),
-        token_mask=router_input.token_mask,
-        sequence_shape=router_input.sequence_shape,
+        token_mask=routing_pass.mask_of(shape.numel()),
+        sequence_shape=(shape[0], shape[1]),
         depth=depth,
     )
 

@@ -30,6 +30,8 @@ from moeroute.losses.sequence_balance import SequenceBalanceLoss as SequenceBala
 from moeroute.losses.soft_balance import SoftBalanceLoss as SoftBalanceLoss
 from moeroute.losses.task_contrast import TaskContrastLoss as TaskContrastLoss
 from moeroute.losses.threshold_balance import ThresholdBalanceLoss as ThresholdBalanceLoss
+from moeroute.losses.token_pruning import GuideLoss as GuideLoss
+from moeroute.losses.token_pruning import SkipShareLoss as SkipShareLoss
 from moeroute.losses.total import LossReport as LossReport
 from moeroute.losses.total import total_loss as total_loss
 from moeroute.losses.unit_gates import ForetoldChangeLoss as ForetoldChangeLoss
@@ -53,6 +55,7 @@ __all__ = [
     "ForecastLoss",
     "ForetoldChangeLoss",
     "GlobalBalanceLoss",
+    "GuideLoss",
     "ImportanceLoss",
     "KindsBalanceLoss",
     "LocalityLoss",
@@ -65,6 +68,7 @@ __all__ = [
     "RenyiLoss",
     "SamePairLoss",
     "SequenceBalanceLoss",
+    "SkipShareLoss",
     "SoftBalanceLoss",
     "SparsityTargetLoss",
     "TaskContrastLoss",

@@ -11,6 +11,7 @@ from moeroute.methods.dynmole import DynMoLE as DynMoLE
 from moeroute.methods.early_exit import EarlyExit as EarlyExit
 from moeroute.methods.ept import EPT as EPT
 from moeroute.methods.expert_choice import ExpertChoice as ExpertChoice
+from moeroute.methods.ftp import FTP as FTP
 from moeroute.methods.glider import GLIDER as GLIDER
 from moeroute.methods.group_limited import GroupLimited as GroupLimited
 from moeroute.methods.hash_layers import HashLayers as HashLayers
@@ -43,6 +44,7 @@ from moeroute.methods.xlora import XLoRA as XLoRA
 
 __all__ = [
     "EPT",
+    "FTP",
     "GLIDER",
     "MHR",
     "PHATGOOSE",

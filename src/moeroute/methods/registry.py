@@ -17,6 +17,7 @@ from moeroute.methods.dynmole import DynMoLE
 from moeroute.methods.early_exit import EarlyExit
 from moeroute.methods.ept import EPT
 from moeroute.methods.expert_choice import ExpertChoice
+from moeroute.methods.ftp import FTP
 from moeroute.methods.glider import GLIDER
 from moeroute.methods.group_limited import GroupLimited
 from moeroute.methods.hash_layers import HashLayers
@@ -58,6 +59,7 @@ METHODS: dict[str, type[Method]] = {
     "early_exit": EarlyExit,
     "ept": EPT,
     "expert_choice": ExpertChoice,
+    "ftp": FTP,
     "glider": GLIDER,
     "group_limited": GroupLimited,
     "hash_layers": HashLayers,

@@ -26,6 +26,7 @@ from moeroute.integration.adapters.sites import (
     warn_of_untouched_experts,
 )
 from moeroute.integration.depth import host as depth_host
+from moeroute.integration.depth.attention_watch import check_watched
 from moeroute.integration.depth.decoder_layers import check_depth, layer_facts
 from moeroute.integration.depth.exits import check_exits, connect_exits
 from moeroute.layers.routed_gate import RoutedGate
@@ -186,6 +187,7 @@ class MoeRouteModel(BaseTuner):
             backbone_of(model)
         self._planned = {site.name: method.build(site, shared) for site in sites}
         check_exits(model, self._planned.values())
+        check_watched(model, self._planned)
 
     def _create_and_replace(
         self,

@@ -164,7 +164,7 @@ class DepthForward:
         if host.is_idle() and not _holds_visits(arguments, host.facts):
             return self.run(*args, **kwargs)
         hidden_states = arguments.pop("hidden_states")
-        call = LayerCall(self.run, host.facts, arguments, hidden_states.shape[1])
+        call = LayerCall(self.run, host.facts, arguments, hidden_states.shape[1], self.layer)
         out = host.decide(hidden_states, call)
         if not host.facts.in_tuple:
             return out

@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeroute.integration.depth.adopt import visit_slots
 from moeroute.integration.depth.arguments import of_rows
+from moeroute.integration.depth.attention_watch import watch_attention
 from moeroute.integration.depth.token_run import run_tokens
 from moeroute.integration.depth.visit_slots import VisitSlots
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
-    from moeroute.depth_types import KVPolicy
+    from moeroute.depth_types import AttentionSeen, KVPolicy
     from moeroute.integration.depth.decoder_layers import LayerFacts
 
 
@@ -27,6 +29,7 @@ class LayerCall:
         facts: How the layer takes its cache.
         arguments: All arguments but the hidden states, by name.
         tokens: S.
+        layer: Itself; needed to watch its attention.
 
     Attributes:
         answer: What the layer last answered, as it answered it.
@@ -38,12 +41,14 @@ class LayerCall:
         facts: LayerFacts,
         arguments: dict[str, Any],
         tokens: int,
+        layer: nn.Module | None = None,
     ) -> None:
         self.forward = forward
         self.facts = facts
         self.arguments = arguments
         self.answer: Any = None
         self.tokens = tokens
+        self.layer = layer
         cache = arguments.get(facts.cache_name)
         self.slots = None if cache is None else visit_slots(cache, facts.cache_index)
 
@@ -95,6 +100,24 @@ class LayerCall:
         """Count the tokens."""
         if self.slots is not None:
             self.slots.skip(hidden_states)
+
+    def open_memory(self) -> dict[str, Tensor] | None:
+        """What stays with the cache.
+
+        Raises:
+            ValueError: The cache was begun by calls that kept nothing.
+        """
+        return None if self.slots is None else self.slots.open_notes(self.tokens)
+
+    def watching(self, watcher: Callable[[AttentionSeen], None]) -> AbstractContextManager[None]:
+        """Show the watcher what the layer's attention works on.
+
+        Raises:
+            ValueError: The layer's attention cannot be watched.
+        """
+        if self.layer is None:
+            raise ValueError(f"{self.facts.name} is called without its attention")
+        return watch_attention(self.layer, self.facts.name, watcher)
 
     def run(
         self,

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from moeroute.integration.depth.arguments import MASK, full_mask, mask_of_tokens, of_tokens
 from moeroute.integration.depth.arguments import take_tokens as take
 from moeroute.integration.depth.visit_slots import VisitSlots
+from moeroute.ops.chosen_tokens import chosen_tokens
 
 if TYPE_CHECKING:
     from moeroute.depth_types import KVPolicy
@@ -66,16 +67,6 @@ def run_tokens(
     with slots.writing(lambda keys, values: spread.add(keys, values, index, real).both()):
         ran = call.run(take(hidden_states, index), cut, slots, visit)
     return put_tokens(hidden_states, ran, index, real)
-
-
-def chosen_tokens(kept: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, K) positions of the tokens of a (B, S) mask in order, and which of them are real.
-
-    K is the largest number in a row; other rows fill up with tokens that are not in the mask.
-    """
-    count = int(kept.sum(1).max())
-    index = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
-    return index, kept.gather(1, index)
 
 
 def put_tokens(hidden_states: Tensor, ran: Tensor, index: Tensor, real: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ class VisitSlots(CacheLayerMixin):
         visit: Which visit writes next.
         flags: By visit, a slot that holds 1 for every token that the visit keeps.
         hiding: The visits that do not keep all.
+        notes: What a router keeps of the prompt by name, a row a sequence.
         writer: Turns the keys and values of some tokens into those of all; None leaves them.
     """
 
@@ -52,6 +53,7 @@ class VisitSlots(CacheLayerMixin):
         self.hiding: set[int] = set()
         self.actions: tuple[int, ...] | None = None
         self.visit = 0
+        self.notes: dict[str, Tensor] = {}
         self.writer: Writer | None = None
         self._tokens_decided_from: int | None = None
 
@@ -78,6 +80,25 @@ class VisitSlots(CacheLayerMixin):
                 f"cannot go on with {list(actions)}: keys would be missing. Begin with a fresh "
                 "cache"
             )
+
+    def open_notes(self, tokens: int) -> dict[str, Tensor]:
+        """The notes; they are empty on the first call, which is to write them.
+
+        Args:
+            tokens: Of this call.
+
+        Raises:
+            ValueError: There are tokens, but no notes of them.
+        """
+        if not self.notes:
+            if self.length():
+                raise ValueError(
+                    f"the cache holds {self.length()} tokens that no prompt was noted of; a router "
+                    "that compares new tokens with the prompt cannot join in. Begin with a fresh "
+                    "cache"
+                )
+            self._tokens_decided_from = tokens
+        return self.notes
 
     def length(self) -> int:
         """Tokens seen, run or skipped."""
@@ -252,6 +273,8 @@ class VisitSlots(CacheLayerMixin):
                 slot.reorder_cache(index)
         if self.actions is not None:
             self.actions = (self.actions[0],) * index.shape[0]
+        for name, rows in self.notes.items():
+            self.notes[name] = rows.index_select(0, index.to(rows.device))
 
 
 def rows_of(actions: tuple[int, ...], visit: int) -> tuple[int, ...]:
