@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from moeroute.depth_types import DepthRecord, PrunedTokens
-from moeroute.losses.masked import masked_mean
+from moeroute.losses.masked import masked_mean, real_tokens_only
 from moeroute.types import RoutingRecord
 
 
@@ -44,8 +44,8 @@ class GuideLoss:
     def __call__(self, record: RoutingRecord) -> Tensor:
         """The loss of one layer: a scalar, unweighted by the coefficient."""
         depth = _pruned(record, self)
-        logits, guide = depth.router_logits.flatten(0, 1), depth.guide.flatten()
-        each = cross_entropy(logits, guide, reduction="none")
+        logits = real_tokens_only(depth.router_logits.flatten(0, 1), record.token_mask)
+        each = cross_entropy(logits, depth.guide.flatten(), reduction="none")
         return depth.guide_share * masked_mean(each, record.token_mask)
 
 
@@ -71,7 +71,8 @@ class SkipShareLoss:
     def __call__(self, record: RoutingRecord) -> Tensor:
         """The loss of one layer: a scalar, unweighted."""
         depth = _pruned(record, self)
-        skips = depth.router_logits.softmax(-1)[..., 0].flatten()
+        logits = real_tokens_only(depth.router_logits.flatten(0, 1), record.token_mask)
+        skips = logits.softmax(-1)[:, 0]
         share = masked_mean(skips, record.token_mask)
         known = masked_mean(skips.new_ones(skips.shape), record.token_mask)  # 0 without real tokens
         return (share - known * depth.sparsity).square()
